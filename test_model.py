@@ -1,0 +1,731 @@
+"""Tests. The model is compared with `reference`, a slow float64 version of the equations with loops
+over layers, heads and pairs of numbers; the scripts are run on small data in temporary folders.
+
+    pip install pytest && pytest -q
+"""
+
+import hashlib
+import http.server
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import train
+from model import GPT, VARIANTS, GPTConfig, KVCache
+from prepare_data import DataConfig, UserError, get_tokenizer, prepare
+from train import TrainConfig
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # everything here is tiny
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too
+COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+gqa", "resformer+neutreno",
+                "resformer+denseformer", "resformer+cla", "neutreno+gqa", "svformer+denseformer",
+                "resformer+neutreno+denseformer+cla+gqa"]
+EVERY = [*VARIANTS, *COMBINATIONS]
+
+
+def tiny_config(attention, **changes):
+    settings = dict(vocab_size=37, block_size=32, n_layer=5, n_head=4, n_embd=32, n_ffn=20,
+                    attention=attention, value_lambda=(0.3, 0.9), neutreno_lambda=0.4)
+    return GPTConfig(**(settings | changes))
+
+
+def tiny_model(attention, dtype=torch.float64, **changes):
+    """A model whose numbers are all random and large, so that no term hides behind another."""
+    torch.manual_seed(0)
+    model = GPT(tiny_config(attention, **changes)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def tokens(B=2, T=24, seed=1):
+    return torch.randint(37, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the reference: the equations, and nothing clever -------------------------------------------
+
+
+def reference_norm(x, w):
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + 1e-5) * w
+
+
+def reference_rope(x):  # (T, hs)
+    T, hs = x.shape
+    position, columns = torch.arange(T, dtype=torch.float64), [None] * hs
+    for j in range(hs // 2):
+        angle = position * 10000 ** (-2 * j / hs)
+        a, b = x[:, j], x[:, j + hs // 2]
+        columns[j] = a * torch.cos(angle) - b * torch.sin(angle)
+        columns[j + hs // 2] = b * torch.cos(angle) + a * torch.sin(angle)
+    return torch.stack(columns, dim=1)
+
+
+def reference_sequence(c, P, idx):
+    """One sequence (T,) -> logits (T, V), from the parameters P by name."""
+    names, T, hs = c.attention.split("+"), len(idx), c.n_embd // c.n_head
+    hidden = X0 = P["embed_tokens.weight"][idx]
+    outputs, K, V = [X0], {}, {}
+    for n in range(1, c.n_layer + 1):
+        def W(name):
+            return P[f"layers.{n - 1}.{name}.weight"]
+
+        x = reference_norm(hidden, W("input_layernorm"))
+        if "cla" in names and n % 2 == 0:
+            K[n], V[n] = K[n - 1], V[n - 1]
+        else:
+            k = x @ W("self_attn.k_proj").T
+            K[n] = [reference_rope(k[:, h * hs:(h + 1) * hs]) for h in range(c.n_kv_head)]
+            if "svformer" in names and n > 1:
+                V[n] = V[1]
+            else:
+                v = x @ W("self_attn.v_proj").T
+                V[n] = [v[:, h * hs:(h + 1) * hs] for h in range(c.n_kv_head)]
+                if "resformer" in names and n > 1:
+                    l1, l2 = c.value_lambda
+                    V[n] = [l1 * first + l2 * own for first, own in zip(V[1], V[n])]
+        q, U = x @ W("self_attn.q_proj").T, []
+        for h in range(c.n_head):
+            g = h * c.n_kv_head // c.n_head  # the key/value head of query head h
+            scores = reference_rope(q[:, h * hs:(h + 1) * hs]) @ K[n][g].T / math.sqrt(hs)
+            future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
+            A = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+            u = A @ V[n][g]
+            if "neutreno" in names and n > 1:
+                u = u + c.neutreno_lambda * (V[1][g] - V[n][g])
+            U.append(u)
+        hidden = hidden + torch.cat(U, dim=1) @ W("self_attn.o_proj").T
+        x = reference_norm(hidden, W("post_attention_layernorm"))
+        gate = x @ W("mlp.gate_proj").T
+        swish = gate / (1 + torch.exp(-gate))
+        hidden = hidden + (swish * (x @ W("mlp.up_proj").T)) @ W("mlp.down_proj").T
+        if "denseformer" in names:
+            outputs.append(hidden)
+            hidden = sum(P[f"depth_weights.{n - 1}"][i] * outputs[i] for i in range(n + 1))
+    return reference_norm(hidden, P["norm.weight"]) @ P["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("attention", EVERY)
+def test_logits_loss_and_gradients_equal_the_reference(attention):
+    model, idx, targets = tiny_model(attention), tokens(seed=1), tokens(seed=2)
+    P = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.stack([reference_sequence(model.config, P, row) for row in idx])
+    probability = torch.softmax(expected, dim=-1)
+    expected_loss = 0
+    for b in range(idx.size(0)):
+        for t in range(idx.size(1)):
+            surprise = -torch.log(probability[b, t, targets[b, t]])
+            expected_loss = expected_loss + surprise / idx.numel()
+    expected_loss.backward()
+
+    torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-9)
+    _, loss = model(idx, targets)
+    loss.backward()
+    assert abs(loss.item() - expected_loss.item()) < 1e-9
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, P[name].grad, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("attention", EVERY)
+def test_decoding_with_the_cache_equals_the_full_pass(attention, dtype, tolerance):
+    # In float32 with the weights that training starts from, in float64 with large ones.
+    model = tiny_model(attention) if dtype == torch.float64 else GPT(tiny_config(attention))
+    idx = tokens(T=29)
+    cache = KVCache(model.config, 2, 29, dtype=dtype)
+    pieces, start = [], 0
+    for T in (7, 1, 1, 9, 2, 1, 8):
+        pieces.append(model(idx[:, start:start + T], cache=cache)[0])
+        start += T
+        assert cache.length == start
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0], rtol=0, atol=tolerance)
+    with pytest.raises(ValueError, match="max_len"):
+        model(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("attention", EVERY)
+def test_a_later_token_changes_nothing_before_it(attention):
+    model, idx = tiny_model(attention, torch.float32), tokens()
+    changed = idx.clone()
+    changed[:, 13] = (changed[:, 13] + 1) % 37
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert not torch.equal(before[:, 13], after[:, 13])
+
+
+# ---- the KV cache and the parameters ------------------------------------------------------------
+
+KV_NUMBERS = {  # design: numbers a token, in units of h = n_kv_head x head size
+    "vanilla": lambda L: 2 * L, "resformer": lambda L: 2 * L, "neutreno": lambda L: 2 * L,
+    "denseformer": lambda L: 2 * L, "gqa": lambda L: 2 * L, "resformer+gqa": lambda L: 2 * L,
+    "svformer": lambda L: L + 1, "svformer+gqa": lambda L: L + 1,
+    "cla": lambda L: 2 * math.ceil(L / 2), "cla+gqa": lambda L: 2 * math.ceil(L / 2),
+    "svformer+cla": lambda L: math.ceil(L / 2) + 1}
+
+
+@pytest.mark.parametrize("n_layer", [1, 4, 5])
+@pytest.mark.parametrize("attention", KV_NUMBERS)
+def test_cache_holds_what_the_formula_says(attention, n_layer):
+    config = tiny_config(attention, n_layer=n_layer)
+    h = (2 if "gqa" in attention else 4) * 8
+    cache = KVCache(config, batch_size=3, max_len=11, dtype=torch.bfloat16)
+    a_token = KV_NUMBERS[attention](n_layer) * h * 2
+    assert cache.nbytes == 3 * 11 * a_token
+    assert GPT(config).kv_bytes_per_token(torch.bfloat16) == a_token
+    held = {t.untyped_storage().data_ptr() for t in cache.k + cache.v if t is not None}
+    assert len(held) == sum(t is not None for t in cache.k + cache.v)
+
+
+def test_svformer_at_24_layers_holds_52_percent():
+    svformer, vanilla = (KVCache(tiny_config(name, n_layer=24), 1, 8).nbytes
+                         for name in ("svformer", "vanilla"))
+    assert round(100 * svformer / vanilla) == 52
+
+
+@pytest.mark.parametrize("attention", EVERY)
+def test_parameters_are_those_that_the_layers_own(attention):
+    names = attention.split("+")
+    expected = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
+    for i in range(5):
+        shares_both = "cla" in names and i in (1, 3)
+        shares_v = shares_both or ("svformer" in names and i > 0)
+        parts = ["input_layernorm", "post_attention_layernorm", "self_attn.q_proj",
+                 "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        parts += [] if shares_both else ["self_attn.k_proj"]
+        parts += [] if shares_v else ["self_attn.v_proj"]
+        expected |= {f"layers.{i}.{part}.weight" for part in parts}
+        expected |= {f"depth_weights.{i}"} if "denseformer" in names else set()
+    state = GPT(tiny_config(attention)).state_dict()
+    assert set(state) == expected
+    if "gqa" in names:
+        assert state["layers.0.self_attn.k_proj.weight"].shape == (16, 32)
+    if "denseformer" in names:
+        assert [len(state[f"depth_weights.{i}"]) for i in range(5)] == [2, 3, 4, 5, 6]
+        assert state["depth_weights.2"].tolist() == [0, 0, 0, 1]
+
+
+def test_the_papers_82m():
+    config = GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
+                       attention="vanilla")
+    model = GPT(config)
+    assert model.num_params() == 81_928_704
+    assert model.num_params(embeddings=False) == 81_928_704 - 2 * 50304 * 512
+    # 6 operations a number in a product, without norms and look-ups; attention: 12 L T C
+    N = 8 * (4 * 512 * 512 + 3 * 512 * 1792) + 50304 * 512
+    assert model.flops_per_token() == 6 * N + 12 * 8 * 2048 * 512
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_state_dict_loads_with_and_without_prefix(prefix):
+    source, target = tiny_model("resformer+denseformer"), GPT(tiny_config("resformer+denseformer"))
+    state = {(prefix if name != "lm_head.weight" else "") + name: p
+             for name, p in source.state_dict().items()}
+    target.double().load_state_dict(state)
+    assert torch.equal(target(tokens())[0], source(tokens())[0])
+
+
+@pytest.mark.parametrize("attention, reaches", [("resformer", True), ("svformer", True),
+                                                ("neutreno", True), ("vanilla", False)])
+def test_first_layers_values_learn_from_the_layers_above(attention, reaches):
+    model = tiny_model(attention)
+    with torch.no_grad():  # what layer 1's own attention says is unheard: only V_1 gets out
+        model.layers[0].self_attn.o_proj.weight.zero_()
+    model(tokens(), tokens(seed=2))[1].backward()
+    gradient = model.layers[0].self_attn.v_proj.weight.grad
+    assert (gradient.abs().max().item() > 1e-6) == reaches
+
+
+def test_variants_of_one_seed_start_alike():
+    models = {}
+    for name in ("vanilla", "svformer"):
+        torch.manual_seed(3)
+        models[name] = GPT(tiny_config(name, n_embd=256, n_ffn=512)).state_dict()
+    for name, p in models["svformer"].items():
+        assert torch.equal(p, models["vanilla"][name]), name
+    p = models["vanilla"]
+    assert p["layers.1.self_attn.q_proj.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    small = 0.02 / math.sqrt(2 * 5)
+    assert p["layers.1.mlp.down_proj.weight"].std().item() == pytest.approx(small, rel=0.02)
+    assert not torch.equal(p["layers.1.mlp.up_proj.weight"], p["layers.2.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("attention", VARIANTS)
+def test_bfloat16_autocast_is_close(attention):
+    model = tiny_model(attention, torch.float32)
+    exact = model(tokens(), tokens(seed=2))[1].item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(tokens(), tokens(seed=2))[1].item() == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize("field, changes", [
+    ("vocab_size", dict(vocab_size=0)), ("block_size", dict(block_size=-1)),
+    ("n_layer", dict(n_layer=2.0)), ("n_layer", dict(n_layer=True)), ("n_head", dict(n_head="4")),
+    ("n_head", dict(n_head=0)), ("n_embd", dict(n_embd=30)), ("n_embd", dict(n_embd=12)),
+    ("n_embd", dict(n_embd=None)), ("n_ffn", dict(n_ffn=0)), ("n_kv_head", dict(n_kv_head=0)),
+    ("n_kv_head", dict(n_kv_head=3, attention="gqa")), ("n_kv_head", dict(n_kv_head=2)),
+    ("attention", dict(attention="resnet")), ("attention", dict(attention="")),
+    ("attention", dict(attention=None)), ("attention", dict(attention="cla+cla")),
+    ("attention", dict(attention="vanilla+gqa")),
+    ("attention", dict(attention="resformer+svformer")),
+    ("attention", dict(attention="svformer+neutreno")), ("attention", dict(attention="gqa+")),
+    ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
+    ("neutreno_lambda", dict(neutreno_lambda=math.inf))])
+def test_a_bad_config_is_refused_by_the_name_of_its_field(field, changes):
+    with pytest.raises(ValueError, match=f"^{field}\\b"):
+        tiny_config(**({"attention": "vanilla"} | changes))
+
+
+def test_gqa_halves_the_key_value_heads():
+    assert tiny_config("gqa").n_kv_head == 2
+    assert tiny_config("svformer+gqa", n_kv_head=1).n_kv_head == 1
+    assert tiny_config("vanilla").n_kv_head == 4
+
+
+# ---- generation ---------------------------------------------------------------------------------
+
+
+def generate(model, idx, n, **options):
+    return torch.stack(list(model.generate(idx, n, **options)), dim=1)
+
+
+@pytest.mark.parametrize("attention", ["resformer", "svformer", "cla+gqa"])
+def test_greedy_text_is_the_argmax_in_a_sliding_window(attention):
+    model, prompt = tiny_model(attention), tokens(T=5)
+    window, expected = prompt, []
+    for _ in range(70):  # 32 fit: the window slides more than once
+        if window.size(1) > 32:
+            window = window[:, -16:]
+        best = model(window)[0][:, -1].argmax(dim=-1)
+        expected.append(best)
+        window = torch.cat((window, best[:, None]), dim=1)
+    expected = torch.stack(expected, dim=1)
+    assert torch.equal(generate(model, prompt, 70, temperature=0), expected)
+    assert torch.equal(generate(model, prompt, 70, temperature=0, cache=False), expected)
+    assert torch.equal(generate(model, prompt, 70, top_k=1, seed=5), expected)
+
+
+def test_a_seed_fixes_the_text_and_top_k_narrows_it():
+    model, prompt = tiny_model("svformer"), tokens(B=3, T=4)
+    first = generate(model, prompt, 50, seed=7)
+    torch.manual_seed(99)  # the generator is its own: the global one has no say
+    assert torch.equal(generate(model, prompt, 50, seed=7), first)
+    assert torch.equal(generate(model, prompt, 50, seed=7, cache=False), first)
+    assert not torch.equal(generate(model, prompt, 50, seed=8), first)
+    best_two = model(prompt)[0][:, -1].topk(2).indices
+    for seed in range(20):
+        drawn = generate(model, prompt, 1, top_k=2, seed=seed, temperature=5.0)
+        assert (drawn == best_two).any(dim=1).all()
+
+
+def test_the_cache_that_is_given_is_used_and_bad_arguments_are_refused():
+    model = tiny_model("svformer")
+    cache = KVCache(model.config, 2, 32, dtype=torch.float64)
+    generate(model, tokens(T=6), 10, cache=cache)
+    assert cache.length == 15  # the last token was drawn, not read
+    for name, options in (("temperature", dict(temperature=-1)), ("top_k", dict(top_k=0)),
+                          ("temperature", dict(temperature=math.nan))):
+        with pytest.raises(ValueError, match=name):
+            generate(model, tokens(), 1, **options)
+    with pytest.raises(ValueError, match="idx"):
+        generate(model, torch.zeros(1, 0, dtype=torch.long), 1)
+    with pytest.raises(ValueError, match="block_size"):
+        model(tokens(T=33))
+
+
+def test_streamed_text_keeps_characters_whole():
+    tokenizer, text = get_tokenizer("byte"), "naïve → 漢字 🙂"
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode()) and tokenizer.n_vocab == 257
+    pieces = list(prepare_data.stream_text(tokenizer, ids + [256, 300]))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces) and "漢" in pieces
+    assert "".join(prepare_data.stream_text(tokenizer, ids[:-1])).endswith("\ufffd")
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_bin(path):
+    return np.fromfile(path, dtype=np.uint16)
+
+
+def test_a_file_is_split_at_nine_tenths(folder):
+    text = ("Wir müssen wissen. Wir werden wissen!\n" * 3000).encode()
+    (folder / "my text.txt").write_bytes(text)
+    out = prepare(DataConfig("my text.txt"))
+    train_ids, val_ids, meta = prepare_data.load("my text")
+    assert out == Path("data/my text") and bytes([*train_ids, *val_ids]) == text
+    assert 0 <= len(train_ids) - len(text) * 9 // 10 <= 1  # may move on to a whole character
+    bytes(train_ids.astype(np.uint8)).decode()
+    assert meta["sha256"] == hashlib.sha256(text).hexdigest()
+    assert (meta["train_tokens"], meta["val_bytes"]) == (len(train_ids), len(val_ids))
+
+
+def test_a_folder_is_split_by_documents(folder):
+    texts = {f"src/d{i % 3}/{i:02}.txt": f"document {i} <|endoftext|>" * (i + 1) for i in range(25)}
+    texts |= {"src/.hidden": "no", "src/binary": "\0\1", "src/empty": ""}
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "src/latin1").write_bytes(b"\xe9t\xe9")
+    (folder / "src/loop").symlink_to(folder / "src")
+    prepare(DataConfig("src"))
+    train_ids, val_ids, meta = prepare_data.load("src")
+
+    def documents(ids):
+        parts = np.split(ids, np.flatnonzero(ids == 256))
+        return [bytes(part[part < 256].astype(np.uint8)).decode() for part in parts]
+
+    order = [texts[name] for name in sorted(texts) if "/d" in name]
+    assert documents(val_ids) == [order[9], order[19]]
+    assert documents(train_ids) == [t for i, t in enumerate(order) if i not in (9, 19)]
+    assert meta["train_bytes"] == sum(len(t) for i, t in enumerate(order) if i not in (9, 19))
+
+
+def test_stdlib_is_this_pythons_and_the_same_each_time(folder):
+    files = prepare_data.stdlib_files()
+    assert files == prepare_data.stdlib_files() and any(p.name == "argparse.py" for p in files)
+    assert not any({"test", "tests", "site-packages"} & set(p.parts[3:]) for p in files)
+    prepare(DataConfig())
+    assert prepare_data.load("stdlib")[2]["train_bytes"] > 5_000_000
+
+
+def test_gpt2_tokens_do_not_depend_on_the_pieces(folder, monkeypatch):
+    try:
+        tokenizer = get_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+    text = "\n\n".join(Path(prepare_data.__file__).read_text() + " don't  \t\n x" for _ in range(3))
+    (folder / "code.txt").write_text(text + "\n")
+    for size in (100, 1000):
+        pieces = list(prepare_data.read_pieces(Path("code.txt"), 0, len(text) + 1, size))
+        assert len(pieces) > 10 and "".join(pieces) == text + "\n"
+        ids = [i for piece in pieces for i in tokenizer.encode_ordinary(piece)]
+        assert ids == tokenizer.encode_ordinary(text + "\n")
+    prepare(DataConfig("code.txt", tokenizer="gpt2"))
+    train_ids, val_ids, meta = prepare_data.load("code-gpt2")
+    assert tokenizer.decode([*train_ids, *val_ids]) == text + "\n"
+    assert meta["vocab_size"] == 50257
+    config = train.model_config(TrainConfig(size="2M"), meta["vocab_size"])
+    assert config.vocab_size == 50304 and config.n_ffn == 56
+
+
+def test_gpt2_without_its_files_says_what_to_do(monkeypatch):
+    def no_network(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", no_network)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer byte"):
+        get_tokenizer("gpt2")
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`, parts of them if `ranges`; hangs up after `limit` bytes of an answer."""
+    files, ranges, limit, requests = {}, True, None, []
+
+    def do_GET(self):
+        body = self.files[self.path.strip("/")]
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        self.requests.append((self.path.strip("/"), asked and int(asked[1])))
+        if asked and self.ranges and int(asked[1]) < len(body):
+            first, last = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+            body = body[first:last + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_port}/"
+    monkeypatch.setattr(prepare_data, "FINEWEB_URL", url)
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url + "input.txt")
+    Server.files, Server.ranges, Server.limit, Server.requests = {}, True, None, []
+    yield Server
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_shakespeare_is_downloaded_once_and_checked(folder, server, monkeypatch):
+    server.files["input.txt"] = b"<html>not found</html>"
+    with pytest.raises(UserError, match="SHA-256"):
+        prepare(DataConfig("shakespeare"))
+    assert not [p for p in folder.rglob("*") if p.is_file()]
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
+    server.files["input.txt"] = text
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    prepare(DataConfig("shakespeare"))
+    prepare(DataConfig("shakespeare"))
+    assert len(server.requests) == 2
+    assert bytes([*read_bin("data/shakespeare/train.bin")]) == text[:len(text) * 9 // 10]
+
+
+def shard(ids, magic=20240520, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, 1, len(ids) if count is None else count
+    return header.tobytes() + np.asarray(ids, dtype="<u2").tobytes()
+
+
+@pytest.fixture
+def no_gpt2(monkeypatch):
+    """The byte tokenizer in the place of GPT-2's, which would be a download of its own."""
+    byte = get_tokenizer("byte")
+    byte.name = "gpt2"
+    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: byte)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_fineweb_goes_on_where_a_download_broke(folder, server, no_gpt2, ranges):
+    ids = [np.random.default_rng(i).integers(0, 257, 3000) for i in range(3)]
+    server.files = {"fineweb_train_000001.bin": shard(ids[0]),
+                    "fineweb_train_000002.bin": shard(ids[1]),
+                    "fineweb_val_000000.bin": shard(ids[2])}
+    server.ranges, server.limit = ranges, 2500  # of the 7,024 bytes of a shard
+    for attempt in range(12):
+        try:
+            prepare(DataConfig("fineweb", shards=2))
+            break
+        except UserError as error:
+            assert "run this again to go on" in str(error)
+            assert not Path("data/fineweb/meta.json").exists()
+            if not ranges:  # each try starts from the beginning: only a whole answer helps
+                server.limit = None
+    train_ids, val_ids, meta = prepare_data.load("fineweb")
+    assert np.array_equal(train_ids, np.concatenate(ids[:2])) and np.array_equal(val_ids, ids[2])
+    assert meta["train_bytes"] == np.count_nonzero(train_ids != 256)
+    firsts = [first for name, first in server.requests if name == "fineweb_train_000001.bin"]
+    assert firsts == ([0, 2499, 4998] if ranges else [0, 2499])
+    n = len(server.requests)
+    Path("data/fineweb/fineweb_train_000003.bin.part").write_bytes(shard(ids[2]))  # all but renamed
+    server.files["fineweb_train_000003.bin"] = shard(ids[2])
+    prepare(DataConfig("fineweb", shards=3))  # a further shard, and only that
+    assert server.requests[n:] == [("fineweb_train_000003.bin", 7023)]
+    assert len(prepare_data.load("fineweb")[0]) == 9000
+
+
+@pytest.mark.parametrize("body", [shard([1, 2], magic=1), shard([1, 2], count=3), b"<html>", b""])
+def test_a_wrong_shard_is_refused(folder, server, no_gpt2, body):
+    server.files["fineweb_train_000001.bin"] = body
+    with pytest.raises(UserError, match="wrong header or size"):
+        prepare(DataConfig("fineweb"))
+    assert not list(Path("data/fineweb").iterdir())
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_run(folder):
+    """A config that trains in a second, on 40 kB of text."""
+    (folder / "text.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(2000)))
+    prepare(DataConfig("text.txt"))
+    return TrainConfig(dataset="text", size="2M", block_size=32, batch_size=6, max_steps=12,
+                       eval_every=4, eval_tokens=512, warmup_steps=2, device="cpu", out_dir="run")
+
+
+def run(config):
+    return train.train(config, show=False)
+
+
+@pytest.mark.parametrize("attention", [*VARIANTS, "svformer+gqa"])
+def test_training_learns(small_run, attention):
+    history = run(replace(small_run, attention=attention, max_steps=30, lr=1e-2))
+    assert [record["step"] for record in history] == list(range(1, 31))
+    assert history[-1]["val_loss"] < history[0]["loss"] - 0.5
+    assert history[-1]["bits_per_byte"] == pytest.approx(history[-1]["val_loss"] / math.log(2))
+    assert history == [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b):
+    a, b = (torch.load(path, weights_only=True)["model"] for path in (a, b))
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_bit_identical(small_run, monkeypatch, number, capsys):
+    losses = [record["loss"] for record in run(small_run)]
+    rate, config = train.learning_rate, replace(small_run, out_dir="stopped")
+
+    def stop_in_step_6(config, step):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return rate(config, step)
+
+    monkeypatch.setattr(train, "learning_rate", stop_in_step_6)
+    with pytest.raises(SystemExit) as stopped:
+        run(config)
+    assert stopped.value.code == 128 + number
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(train, "learning_rate", rate)
+    Path("stopped/log.jsonl").open("a").write('{"step": 8, "lo')  # as if killed in a later step
+    history = run(replace(config, resume=True))
+    assert [record["loss"] for record in history] == losses
+    assert same_weights("run/ckpt.pt", "stopped/ckpt.pt")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_every_variant_reads_the_same_batches(small_run, monkeypatch):
+    seen, windows = {}, train.windows
+    for attention in ("vanilla", "svformer"):
+        seen[attention] = []
+
+        def spy(data, starts, *rest):
+            seen[attention].append(starts.copy())
+            return windows(data, starts, *rest)
+
+        monkeypatch.setattr(train, "windows", spy)
+        run(replace(small_run, attention=attention, out_dir=attention))
+    assert len(seen["vanilla"]) == 12 + 3 * 2  # an evaluation of 512 tokens: 2 batches of 6
+    assert all(map(np.array_equal, seen["vanilla"], seen["svformer"]))
+    train_batches = {tuple(b) for b in seen["vanilla"] if len(b) == 6}
+    assert len(train_batches) >= 12
+
+
+def test_gradient_accumulation_is_a_larger_batch(small_run):
+    whole = run(replace(small_run, batch_size=6, grad_accum=1, max_steps=4))
+    parts = run(replace(small_run, batch_size=2, grad_accum=3, max_steps=4, out_dir="parts"))
+    for a, b in zip(whole, parts):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_torchrun_gives_the_losses_of_one_process(small_run, folder):
+    config = replace(small_run, out_dir="alone")
+    expected = run(config)
+    flags = [f"--{name}={getattr(config, name)}" for name in (
+        "dataset", "size", "block_size", "batch_size", "max_steps", "eval_every", "eval_tokens",
+        "warmup_steps", "device")]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", str(HERE / "train.py"), *flags, "--out_dir=both"],
+                   check=True, capture_output=True)
+    lines = [json.loads(line) for line in Path("both/log.jsonl").read_text().splitlines()]
+    assert len(lines) == len(expected) == 12
+    for a, b in zip(lines, expected):
+        for key in {"loss", "val_loss"} & set(b):
+            assert a[key] == pytest.approx(b[key], abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, monkeypatch):
+    run(replace(small_run, max_steps=4))
+    before = Path("run/ckpt.pt").read_bytes()
+    forward = GPT.forward
+
+    def broken(self, *args):
+        with torch.no_grad():
+            self.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+        return forward(self, *args)
+
+    monkeypatch.setattr(GPT, "forward", broken)
+    with pytest.raises(UserError, match="step 5: the loss is nan"):
+        run(replace(small_run, resume=True))
+    assert Path("run/ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(batch_size=0), "--batch_size"), (dict(lr=math.nan), "--lr"), (dict(lr=-1), "--lr"),
+    (dict(max_steps=0), "--max_steps"), (dict(eval_every=0), "--eval_every"),
+    (dict(grad_clip=-1.0), "--grad_clip"), (dict(attention="resnet"), "--attention"),
+    (dict(n_head=3), "--n_embd"), (dict(n_kv_head=1), "--n_kv_head"),
+    (dict(device="tpu"), "--device"), (dict(block_size=100_000), "--block_size"),
+    (dict(dataset="nothing"), "prepare_data.py nothing"),
+    (dict(out_dir="run"), "--resume"), (dict(out_dir="run", resume=True, seed=2), "--seed"),
+    (dict(out_dir="run", resume=True, attention="cla"), "--attention")])
+def test_mistakes_are_named_and_change_nothing(small_run, changes, message):
+    run(replace(small_run, max_steps=1))
+    before = {p: p.read_bytes() for p in Path().rglob("*.*")}
+    with pytest.raises(UserError, match=message):
+        run(replace(small_run, **({"out_dir": "other"} | changes)))
+    assert {p: p.read_bytes() for p in Path().rglob("*.*")} == before
+
+
+def test_data_that_disagrees_with_its_meta_is_refused(small_run):
+    path, meta_path = Path("data/text/train.bin"), Path("data/text/meta.json")
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:-2], b"", good[:-2] + b"\xff\xff"):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="train.bin"):
+            run(small_run)
+    path.write_bytes(good)
+    meta_path.write_text("{")
+    with pytest.raises(UserError, match="meta.json"):
+        run(small_run)
+    assert not Path("run").exists()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_strangers_checkpoint_runs_no_code(folder):
+    Path("ckpt.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="ckpt.pt"):
+        prepare_data.load_checkpoint(Path("ckpt.pt"))
+    assert not Path("exploded").exists()
+
+
+def test_command_lines_from_data_to_text(folder):
+    """prepare_data, train, resume and sample as a user types them, mistakes included."""
+    (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 500)
+
+    def script(name, *flags, text=None):
+        return subprocess.run([sys.executable, str(HERE / name), *flags], input=text,
+                              capture_output=True, text=True, encoding="utf-8")
+
+    done = script("prepare_data.py", "text.txt")
+    assert done.returncode == 0 and "19,350 tokens for training" in done.stdout, done.stderr
+    small = ("--dataset=text", "--size=2M", "--block_size=32", "--batch_size=4",
+             "--eval_tokens=256")
+    done = script("train.py", *small, "--max_steps=5", "--attention=svformer")
+    assert done.returncode == 0, done.stderr
+    assert "nats a token" in done.stdout and "62% of vanilla's" in done.stdout
+    again = script("train.py", *small, "--attention=svformer")
+    assert again.returncode == 2 and "--resume" in again.stderr and again.stderr.count("\n") == 1
+    done = script("train.py", "--attention=svformer", "--resume", "--max_steps=7")
+    assert done.returncode == 0, done.stderr
+    assert len(Path("out/svformer/log.jsonl").read_text().splitlines()) == 7
+
+    flags = ("--out_dir=out/svformer", "--max_new_tokens=40", "--num_samples=2", "--seed=3")
+    with_cache = script("sample.py", *flags, "--prompt=To be")
+    without = script("sample.py", *flags, "--prompt=To be", "--no_cache")
+    piped = script("sample.py", *flags, "--prompt=-", text="To be")
+    (folder / "prompt.txt").write_text("To be")
+    from_file = script("sample.py", *flags, "--prompt=FILE:prompt.txt")
+    assert with_cache.returncode == 0 and with_cache.stdout.count("To be") >= 2, with_cache.stderr
+    assert with_cache.stdout == without.stdout == piped.stdout == from_file.stdout
+    # 32 tokens x (4 + 1) x 16 numbers x 4 bytes
+    assert "10,240 bytes" in with_cache.stderr and "no KV cache" in without.stderr
+
+    for flags in (("--out_dir=nowhere",), ("--top_k=0",), ("--temperature=nan",), ("--prompt=",),
+                  ("--bogus",), ("--prompt=FILE:nowhere",)):
+        flags = flags if "out_dir" in flags[0] else (*flags, "--out_dir=out/svformer")
+        wrong = script("sample.py", *flags)
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, (flags, wrong.stderr)
