@@ -1,5 +1,4 @@
 """ResFormer, SVFormer and the five systems that their paper compares them with, in one file.
-
 "Value Residual Learning For Alleviating Attention Concentration In Transformers", arXiv 2410.17897
 
 What is special about this model:
@@ -68,8 +67,7 @@ class GPTConfig:
         self.value_lambda = tuple(self.value_lambda)
         require(len(self.value_lambda) == 2 and all(map(math.isfinite, self.value_lambda)),
                 f"value_lambda must be two finite numbers, not {self.value_lambda}")
-        require(math.isfinite(self.neutreno_lambda),
-                f"neutreno_lambda must be a finite number, not {self.neutreno_lambda}")
+        require(math.isfinite(self.neutreno_lambda), "neutreno_lambda must be a finite number")
         self.variants = set(names)
         self.head_dim = self.n_embd // self.n_head
 
@@ -90,8 +88,7 @@ def rotary_table(start: int, T: int, head_dim: int, like: torch.Tensor):
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (B, nh, T, hs), each pair (a, b) in it turned into (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (a, b) -> (b, a)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)  # roll: (a, b) -> (b, a)
 
 
 class Attention(nn.Module):
@@ -185,11 +182,8 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for each layer only those that it owns.
-
-    k and v list a tensor (batch_size, nkv, max_len, hs) for each layer, None where the layer
-    shares another's. dtype is the one that the model computes in.
-    """
+    """Keys and values of the tokens read so far. Lists k and v hold, for each layer, a tensor
+    (batch_size, nkv, max_len, hs) of the model's dtype, or None if the layer uses another's."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device=None, dtype=None):
         shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
@@ -229,10 +223,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """All initial values. Norms start at 1 and depth_weights at the identity, 0 ... 0 1;
-
-        o_proj, down_proj     N(0, 0.02 / sqrt(2L)), as in GPT-2
-        all other matrices    N(0, 0.02)
+        """Norms start at 1, depth_weights at the identity 0 ... 0 1, o_proj and down_proj from
+        N(0, 0.02 / sqrt(2L)) as in GPT-2, all other matrices from N(0, 0.02).
 
         Each matrix draws from a stream named after it, so that two variants built from one seed
         start from the same weights wherever both have them: pairs compare with less noise.
@@ -248,8 +240,7 @@ class GPT(nn.Module):
         """idx (B, T) -> what lm_head reads, (B, T, C); appends T tokens to the cache, if any."""
         T = idx.size(1)
         past, limit = (cache.length, cache.max_len) if cache else (0, self.config.block_size)
-        require(past + T <= limit, f"{past + T} tokens are too many: block_size, or the cache's "
-                f"max_len, is {limit}")
+        require(past + T <= limit, f"{past + T} tokens exceed block_size or max_len, {limit}")
         x = self.embed_tokens(idx)  # (B, T, C)
         rope = rotary_table(past, T, self.config.head_dim, like=x)
         mask = None
@@ -318,8 +309,8 @@ class GPT(nn.Module):
 
     def num_params(self, embeddings: bool = True) -> int:
         """Numbers to learn; embeddings=False leaves out the 2 V C of embed_tokens and lm_head."""
-        both = 2 * self.embed_tokens.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - (0 if embeddings else both)
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - 2 * self.embed_tokens.weight.numel()
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on a token: 6 N + 12 L T C (PaLM, arXiv 2204.02311).
@@ -334,6 +325,5 @@ class GPT(nn.Module):
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of KV cache a token: (layers with keys of their own + layers with values of their
         own: 2L for vanilla, L + 1 for SVFormer) x n_kv_head x hs x bytes a number."""
-        c = self.config
-        owned = sum(sum(Attention.owned(c, layer)) for layer in range(c.n_layer))
-        return owned * c.n_kv_head * c.head_dim * dtype.itemsize
+        owned = sum(sum(Attention.owned(self.config, i)) for i in range(self.config.n_layer))
+        return owned * self.config.n_kv_head * self.config.head_dim * dtype.itemsize

@@ -192,11 +192,9 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK > 0:
-            dist.barrier()  # until the first process has prepared the data
-    if config.dataset == "stdlib" and not Path("data/stdlib/meta.json").exists():
+    if config.dataset == "stdlib" and not Path("data/stdlib/meta.json").exists() and RANK == 0:
         prepare(DataConfig())
-    if WORLD > 1 and RANK == 0:
+    if WORLD > 1:
         dist.barrier()
     train_data, val_data, meta = load(config.dataset)
     if min(len(train_data), len(val_data)) <= config.block_size or config.batch_size < WORLD:
