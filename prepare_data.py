@@ -236,15 +236,18 @@ def download(url: str, path: Path):
     # The last byte is read again: asking for the bytes behind a whole file would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
-        have = have if response.status == 206 else 0  # 200: the server sends all of it again
-        f.truncate(have)
-        total = have + (response.length or 0)
-        with tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
-            while data := response.read(1 << 20):
-                bar.update(f.write(data))
-    if part.stat().st_size < total:
-        raise UserError(f"{url} ended early; run this again to go on")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
+            have = have if response.status == 206 else 0  # 200: the server sends all of it again
+            f.truncate(have)
+            total = have + (response.length or 0)
+            with tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
+                while data := response.read(1 << 20):
+                    bar.update(f.write(data))
+        if part.stat().st_size < total:
+            raise OSError("the download ended early")
+    except OSError as error:
+        raise UserError(f"{url}: {error}; run this again to go on") from None
     os.replace(part, path)
 
 

@@ -13,10 +13,9 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +92,16 @@ def check(config: TrainConfig):
             value = getattr(config, name)
             if value is not None and not low <= value < math.inf:
                 raise UserError(f"--{name} must be at least {low}, not {value}")
+    model_config(config, vocab_size=257)  # a shape that can't be is refused before any work
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-    shape = {name: SIZES[config.size][name] if n is None else n for name, n in shape.items()}
+    given = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+    given = SIZES[config.size] | {name: v for name, v in given.items() if v is not None}
     # Matrix units like multiples of 64; GPT-2's 50,257 becomes 50,304 with ids that never occur.
-    vocab_size = vocab_size if vocab_size < 1000 else math.ceil(vocab_size / 64) * 64
+    given["vocab_size"] = vocab_size if vocab_size < 1000 else math.ceil(vocab_size / 64) * 64
     try:
-        return GPTConfig(vocab_size=vocab_size, block_size=config.block_size, n_ffn=config.n_ffn,
-                         n_kv_head=config.n_kv_head, attention=config.attention,
-                         value_lambda=config.value_lambda,
-                         neutreno_lambda=config.neutreno_lambda, **shape)
+        return GPTConfig(**given)
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
@@ -115,10 +112,8 @@ def run_folder(config: TrainConfig) -> Path:
 
 def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device) -> tuple:
     """Inputs and targets, each (len(starts), block_size) int64: the text from starts on."""
-    ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    if device.type == "cuda":
-        ids = ids.pin_memory()
-    ids = ids.to(device, non_blocking=True)
+    ids = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    ids = torch.from_numpy(ids).to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -151,8 +146,8 @@ def evaluate(model, data, config: TrainConfig, device) -> float:
             total += model(*windows(data, mine, config.block_size, device))[1] * len(mine)
     loss = sum_over_processes(total).item() / n
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: try a lower --lr; the last checkpoint is as "
-                        "it was")
+        raise UserError(f"the validation loss is {loss}: try a lower --lr; the last checkpoint is "
+                        "as it was")
     return loss
 
 
@@ -166,9 +161,7 @@ def caught_signals():
             os._exit(128 + number)
         arrived.append(number)
 
-    watched = (signal.SIGINT, signal.SIGTERM)
-    watched = watched if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in watched}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield arrived
     finally:
@@ -187,6 +180,10 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
     """
     check(config)
     device = pick_device(config.device)
+    out = run_folder(config)
+    if (out / "ckpt.pt").exists() and not config.resume:
+        raise UserError(f"{out} holds a run already: go on with it by --resume, choose another "
+                        "--out_dir, or delete it")
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -211,12 +208,8 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
          {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    out = run_folder(config)
     first, history = 0, []
     if (out / "ckpt.pt").exists():
-        if not config.resume:
-            raise UserError(f"{out} holds a run already: go on with it by --resume, choose another "
-                            "--out_dir, or delete it")
         ckpt = load_checkpoint(out / "ckpt.pt", device)
         for name in FIXED:
             if getattr(config, name) != ckpt["config"][name]:
