@@ -63,7 +63,7 @@ class GPTConfig:
         require(self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
         require(self.n_head == self.n_kv_head or "gqa" in names,
-                f"n_kv_head ({self.n_kv_head}) below n_head ({self.n_head}) is gqa: add its name")
+                f"n_kv_head ({self.n_kv_head}) differs from n_head ({self.n_head}): that is gqa")
         self.value_lambda = tuple(self.value_lambda)
         require(len(self.value_lambda) == 2 and all(map(math.isfinite, self.value_lambda)),
                 f"value_lambda must be two finite numbers, not {self.value_lambda}")

@@ -46,6 +46,8 @@ def one_line_errors():
     """Around a script: a UserError, or a disk that fails, ends in one line and no traceback."""
     try:
         yield
+    except BrokenPipeError:  # who reads our output, `head` say, has enough
+        os._exit(141)
     except (UserError, OSError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -116,7 +118,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         raise UserError(f"{path} doesn't exist: train first, or give the run's --out_dir") from None
     except Exception as error:  # torch.load raises many kinds for broken and foreign files
         raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
-    if not isinstance(ckpt, dict) or not {"model", "model_config", "tokenizer"} <= set(ckpt):
+    keys = {"model", "model_config", "tokenizer", "optimizer", "step", "config", "data_sha256"}
+    if not isinstance(ckpt, dict) or set(ckpt) != keys:
         raise UserError(f"{path} is not a checkpoint of train.py")
     return ckpt
 
@@ -232,16 +235,17 @@ def split(files: list[Path]):
 def download(url: str, path: Path):
     """Streams url to path, through path.part: a download that broke goes on where it stopped."""
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The last byte is read again: asking for the bytes behind a whole file would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
+        with urllib.request.urlopen(request, timeout=30) as response:
             have = have if response.status == 206 else 0  # 200: the server sends all of it again
-            f.truncate(have)
             total = have + (response.length or 0)
-            with tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "ab") as f, tqdm(desc=path.name, total=total, initial=have, unit="B",
+                                             unit_scale=True) as bar:
+                f.truncate(have)
                 while data := response.read(1 << 20):
                     bar.update(f.write(data))
         if part.stat().st_size < total:
@@ -261,15 +265,23 @@ def append_shard(path: Path, out):
         shutil.copyfileobj(f, out)
 
 
+def read_ids(path: Path):
+    """Yields a file of token ids in parts: reading a memmap through would fill the memory."""
+    with open(path, "rb") as f:
+        while len(ids := np.fromfile(f, dtype=np.uint16, count=1 << 24)):
+            yield ids
+
+
 def count_text(path: Path, tokenizer, sha256) -> tuple[int, int]:
     """(tokens, bytes of text) in a file of token ids, which also go into sha256."""
     lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
-    ids, n_bytes = np.memmap(path, dtype=np.uint16, mode="r"), 0
-    for i in range(0, len(ids), 1 << 24):
-        part = ids[i:i + (1 << 24)]
-        sha256.update(part)
-        n_bytes += int(np.bincount(part, minlength=len(lengths) + 1) @ [*lengths, 0])
-    return len(ids), n_bytes
+    lengths.append(0)  # END_OF_TEXT
+    tokens, n_bytes = 0, 0
+    for ids in read_ids(path):
+        sha256.update(ids)
+        tokens += len(ids)
+        n_bytes += int(np.bincount(ids, minlength=len(lengths)) @ lengths)
+    return tokens, n_bytes
 
 
 @dataclass
@@ -321,9 +333,9 @@ def prepare(config: DataConfig) -> Path:
                 raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
         files = stdlib_files() if name == "stdlib" else walk(path) if path.is_dir() else [path]
         texts = [p for p in files if is_text(p)]
-        print(f"{name}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
         if not texts:
             raise UserError(f"{path}: there is no UTF-8 text in it")
+        print(f"{name}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
         out.mkdir(parents=True, exist_ok=True)
         for part, documents in zip(("train", "val"), split(texts)):
             with replace_file(out / f"{part}.bin") as f:
@@ -362,7 +374,7 @@ def load(dataset: str):
             raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare the "
                             "data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
-        if (largest := arrays[-1].max()) >= meta["vocab_size"]:
+        if (largest := max(ids.max() for ids in read_ids(path))) >= meta["vocab_size"]:
             raise UserError(f"{path}: token id {largest} is outside the vocabulary of "
                             f"{meta['vocab_size']}; prepare the data again")
     return *arrays, meta

@@ -44,8 +44,12 @@ def read_prompt(prompt: str) -> str:
 def load_model(path: Path, device, dtype) -> tuple[GPT, str]:
     """The model of a checkpoint, and the name of its tokenizer."""
     ckpt = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**ckpt["model_config"]))
-    model.load_state_dict(ckpt["model"])
+    try:
+        model = GPT(GPTConfig(**ckpt["model_config"]))
+        model.load_state_dict(ckpt["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} doesn't hold the model that its config describes: "
+                        f"{str(error).splitlines()[0]}") from None
     return model.to(device, dtype), ckpt["tokenizer"]
 
 

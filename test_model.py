@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import prepare_data
+import sample
 import train
 from model import GPT, VARIANTS, GPTConfig, KVCache
 from prepare_data import DataConfig, UserError, get_tokenizer, prepare
@@ -749,6 +750,26 @@ def test_a_strangers_checkpoint_runs_no_code(folder):
     assert not Path("exploded").exists()
 
 
+def test_a_checkpoint_that_is_broken_or_of_another_shape_is_refused(small_run):
+    run(small_run)
+    path = Path("run/ckpt.pt")
+    good, ckpt = path.read_bytes(), torch.load("run/ckpt.pt", weights_only=True)
+    for bad in (b"", good[:1000], good[:-1000], b"x" * 1000):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="ckpt.pt"):
+            sample.load_model(path, "cpu", torch.float32)
+        with pytest.raises(UserError, match="ckpt.pt"):
+            run(replace(small_run, resume=True))
+    for changes in (dict(n_embd=32), dict(n_layer=-1), dict(bogus=1)):
+        torch.save(dict(ckpt, model_config=ckpt["model_config"] | changes), path)
+        with pytest.raises(UserError, match="config"):
+            sample.load_model(path, "cpu", torch.float32)
+    for other in ({"model": {}}, [1], dict(ckpt, more=1)):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="not a checkpoint of train.py"):
+            prepare_data.load_checkpoint(path)
+
+
 def test_command_lines_from_data_to_text(folder):
     """prepare_data, train, resume and sample as a user types them, mistakes included."""
     (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 500)
@@ -769,6 +790,8 @@ def test_command_lines_from_data_to_text(folder):
     done = script("train.py", "--attention=svformer", "--resume", "--max_steps=7")
     assert done.returncode == 0, done.stderr
     assert len(Path("out/svformer/log.jsonl").read_text().splitlines()) == 7
+    done = script("train.py", "--attention=svformer", "--resume")  # nothing is left to do
+    assert done.returncode == 0 and "nats a token" in done.stdout, done.stderr
 
     flags = ("--out_dir=out/svformer", "--max_new_tokens=40", "--num_samples=2", "--seed=3")
     with_cache = script("sample.py", *flags, "--prompt=To be")

@@ -240,6 +240,9 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops * WORLD for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
     batch_shape = (config.grad_accum, config.batch_size)
+    if show and RANK == 0:
+        print(f"{config.attention}: {raw_model.num_params():,} parameters on {device}, "
+              f"{math.prod(batch_shape) * config.block_size:,} tokens a step, run in {out}")
 
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -328,6 +331,6 @@ if __name__ == "__main__":
         if config.resume and ckpt.exists():  # the flags that the run began with, then today's
             saved = TrainConfig(**load_checkpoint(ckpt)["config"])
             config = replace(saved, **{name: getattr(config, name) for name in given})
-        history = train(config)
-        if RANK == 0:
-            report(run_folder(config), history[-1])
+        evaluated = [record for record in train(config) if "val_loss" in record]
+        if RANK == 0 and evaluated:
+            report(run_folder(config), evaluated[-1])
