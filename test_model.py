@@ -744,7 +744,7 @@ class Bomb:
 
 
 def test_a_strangers_checkpoint_runs_no_code(folder):
-    Path("ckpt.pt").write_bytes(pickle.dumps(Bomb()))
+    Path("ckpt.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(UserError, match="ckpt.pt"):
         prepare_data.load_checkpoint(Path("ckpt.pt"))
     assert not Path("exploded").exists()
