@@ -200,7 +200,8 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
                         f"{config.batch_size} not less than the {WORLD} processes")
 
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, no change elsewhere
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     raw_model = GPT(model_config(config, meta["vocab_size"])).to(device)
     parameters = list(raw_model.parameters())
     optimizer = torch.optim.AdamW(
@@ -307,15 +308,15 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
     return history
 
 
-def report(out: Path, last: dict):
+def report(out: Path, last: dict, device: torch.device):
     """Prints what a run came to: its loss, its KV cache next to vanilla's, a sample of text."""
     ckpt = load_checkpoint(out / "ckpt.pt")
     config = GPTConfig(**ckpt["model_config"])
-    model = GPT(config)
+    model = GPT(config).to(device)
     model.load_state_dict(ckpt["model"])
     cache, vanilla = model.kv_bytes_per_token(), 2 * config.n_layer * config.n_embd * 4
     tokenizer = get_tokenizer(ckpt["tokenizer"])
-    prompt = torch.tensor([tokenizer.encode("\n")])
+    prompt = torch.tensor([tokenizer.encode("\n")], device=device)
     ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
     print(f"{config.attention}: validation loss {last['val_loss']:.4f} nats a token, "
           f"{last['bits_per_byte']:.4f} bits a byte\n"
@@ -333,4 +334,4 @@ if __name__ == "__main__":
             config = replace(saved, **{name: getattr(config, name) for name in given})
         evaluated = [record for record in train(config) if "val_loss" in record]
         if RANK == 0 and evaluated:
-            report(run_folder(config), evaluated[-1])
+            report(run_folder(config), evaluated[-1], pick_device(config.device))
