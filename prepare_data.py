@@ -296,24 +296,24 @@ class DataConfig:
 
 def prepare(config: DataConfig) -> Path:
     """Writes a dataset and returns its folder; raises UserError."""
-    name, path = config.dataset, Path(config.dataset)
-    usual = "gpt2" if name == "fineweb" else "byte"
-    if name == "fineweb" and config.tokenizer == "byte":
+    dataset, path = config.dataset, Path(config.dataset)
+    name, usual = dataset, "gpt2" if dataset == "fineweb" else "byte"
+    if dataset == "fineweb" and config.tokenizer == "byte":
         raise UserError("--tokenizer byte: fineweb comes in GPT-2's tokens")
     if config.shards < 1:
         raise UserError(f"--shards must be at least 1, not {config.shards}")
-    if name not in ("stdlib", "shakespeare", "fineweb"):
+    if dataset not in ("stdlib", "shakespeare", "fineweb"):
         if not path.exists():
-            raise UserError(f"{name}: no such file or folder, nor stdlib, shakespeare or fineweb")
+            raise UserError(f"{dataset}: no such file or folder, nor stdlib, shakespeare or fineweb")
         path = path.resolve()
-        name = path.stem
+        name = path.name if path.is_dir() else path.stem
     source, tokenizer = str(path), get_tokenizer(config.tokenizer or usual)
     out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
     if (out / "meta.json").exists() and read_meta(out)["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
     parts, sha256 = {}, hashlib.sha256()
-    if name == "fineweb":
+    if dataset == "fineweb":
         train = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
         for part, shards in (("train", train), ("val", [out / "fineweb_val_000000.bin"])):
             for shard in shards:
@@ -324,14 +324,14 @@ def prepare(config: DataConfig) -> Path:
                     append_shard(shard, f)
             parts[part] = count_text(out / f"{part}.bin", tokenizer, sha256)
     else:
-        if name == "shakespeare":
+        if dataset == "shakespeare":
             path = out / "input.txt"
             if not path.exists():
                 download(SHAKESPEARE_URL, path)
             if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
                 path.unlink()
                 raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
-        files = stdlib_files() if name == "stdlib" else walk(path) if path.is_dir() else [path]
+        files = stdlib_files() if dataset == "stdlib" else walk(path) if path.is_dir() else [path]
         texts = [p for p in files if is_text(p)]
         if not texts:
             raise UserError(f"{path}: there is no UTF-8 text in it")

@@ -395,6 +395,19 @@ def test_a_file_is_split_at_nine_tenths(folder, text):
     assert (meta["train_tokens"], meta["val_bytes"]) == (len(train_ids), len(val_ids))
 
 
+def test_a_name_is_taken_by_what_came_first(folder):
+    for name in ("stdlib.txt", "other/stdlib.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"This is {name}. " * 20)
+    prepare(DataConfig("stdlib.txt"))  # a file of the user's, whatever its name
+    before = read_bin("data/stdlib/train.bin")
+    assert bytes([*before]).startswith(b"This is stdlib.txt.")
+    for other in ("other/stdlib.txt", "stdlib"):
+        with pytest.raises(UserError, match="data/stdlib holds data from elsewhere"):
+            prepare(DataConfig(other))
+    assert np.array_equal(read_bin("data/stdlib/train.bin"), before)
+
+
 def test_a_folder_is_split_by_documents(folder):
     texts = {f"src/d{i % 3}/{i:02}.txt": f"document {i} <|endoftext|>" * (i + 1) for i in range(25)}
     texts |= {"src/.hidden": "no", "src/binary": "\0\1", "src/empty": ""}
