@@ -304,7 +304,7 @@ def prepare(config: DataConfig) -> Path:
         raise UserError(f"--shards must be at least 1, not {config.shards}")
     if dataset not in ("stdlib", "shakespeare", "fineweb"):
         if not path.exists():
-            raise UserError(f"{dataset}: no such file or folder, nor stdlib, shakespeare or fineweb")
+            raise UserError(f"{dataset}: no such path, nor stdlib, shakespeare or fineweb")
         path = path.resolve()
         name = path.name if path.is_dir() else path.stem
     source, tokenizer = str(path), get_tokenizer(config.tokenizer or usual)
