@@ -239,8 +239,8 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
         config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops * WORLD for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
-    batch_shape = (config.grad_accum, config.batch_size)
+    peak = next((WORLD * rate for name, rate in PEAK_FLOPS.items() if name in gpu), 0)
+    flops, batch_shape = raw_model.flops_per_token(), (config.grad_accum, config.batch_size)
     if show and RANK == 0:
         print(f"{config.attention}: {raw_model.num_params():,} parameters on {device}, "
               f"{math.prod(batch_shape) * config.block_size:,} tokens a step, run in {out}")
@@ -282,7 +282,7 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
 
             record = dict(step=step + 1, loss=loss, lr=lr, seconds=seconds)
             rate = batches.size * config.block_size / seconds  # tokens a second
-            used = f", {rate * raw_model.flops_per_token() / peak:.0%} of peak" if peak else ""
+            used = f", {rate * flops / peak:.0%} of peak" if peak else ""
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{used}", refresh=False)
             bar.update()
             if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
