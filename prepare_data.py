@@ -69,6 +69,8 @@ def parse_flags(cls, description: str, argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         options = dict(f.metadata)
+        if not options:  # a field that is no flag
+            continue
         if f.default is False:
             options["action"] = "store_true"
         else:

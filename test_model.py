@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import prepare_data
 import sample
 import train
@@ -76,8 +77,9 @@ def reference_rope(x):  # (T, hs)
     return torch.stack(columns, dim=1)
 
 
-def reference_sequence(c, P, idx):
-    """One sequence (T,) -> logits (T, V), from the parameters P by name."""
+def reference_sequence(c, P, idx, watch=None):
+    """One sequence (T,) -> logits (T, V), from the parameters P by name. watch, if given, becomes
+    a list with each layer's (A_n of each head, V_n of each key/value head, hidden states)."""
     names, T, hs = c.attention.split("+"), len(idx), c.n_embd // c.n_head
     hidden = X0 = P["embed_tokens.weight"][idx]
     outputs, K, V = [X0], {}, {}
@@ -99,12 +101,13 @@ def reference_sequence(c, P, idx):
                 if "resformer" in names and n > 1:
                     l1, l2 = c.value_lambda
                     V[n] = [l1 * first + l2 * own for first, own in zip(V[1], V[n])]
-        q, U = x @ W("self_attn.q_proj").T, []
+        q, U, attention = x @ W("self_attn.q_proj").T, [], []
         for h in range(c.n_head):
             g = h * c.n_kv_head // c.n_head  # the key/value head of query head h
             scores = reference_rope(q[:, h * hs:(h + 1) * hs]) @ K[n][g].T / math.sqrt(hs)
             future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
             A = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+            attention.append(A)
             u = A @ V[n][g]
             if "neutreno" in names and n > 1:
                 u = u + c.neutreno_lambda * (V[1][g] - V[n][g])
@@ -114,6 +117,8 @@ def reference_sequence(c, P, idx):
         gate = x @ W("mlp.gate_proj").T
         swish = gate / (1 + torch.exp(-gate))
         hidden = hidden + (swish * (x @ W("mlp.up_proj").T)) @ W("mlp.down_proj").T
+        if watch is not None:
+            watch.append((attention, V[n], hidden))
         if "denseformer" in names:
             outputs.append(hidden)
             hidden = sum(P[f"depth_weights.{n - 1}"][i] * outputs[i] for i in range(n + 1))
@@ -822,3 +827,185 @@ def test_command_lines_from_data_to_text(folder):
         flags = flags if "out_dir" in flags[0] else (*flags, "--out_dir=out/svformer")
         wrong = script("sample.py", *flags)
         assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, (flags, wrong.stderr)
+
+
+# ---- bench.py -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", EVERY)
+def test_concentration_is_what_numpy_says(attention):
+    model, idx = tiny_model(attention), tokens(B=3, T=20)
+    got, each = bench.concentration(model, idx), []
+    for sequence in idx:
+        watch, parameters = [], {name: p.detach() for name, p in model.named_parameters()}
+        reference_sequence(model.config, parameters, sequence, watch)
+        layers = []
+        for attention_of_heads, values, hidden in watch:
+            A = np.mean([a.numpy() for a in attention_of_heads], axis=0)
+            T = len(A)
+            p = [sum(A[i, j] for i in range(T)) / A.sum() for j in range(T)]
+            v = np.concatenate([x.numpy() for x in values], axis=1)
+            h = hidden.numpy()
+            v_norms, h_norms = np.sqrt((v * v).sum(axis=1)), np.sqrt((h * h).sum(axis=1))
+            cosines = [h[i] @ h[j] / (h_norms[i] * h_norms[j])
+                       for i in range(T) for j in range(T) if i != j]
+            layers.append([-sum(x * math.log(x) for x in p),
+                           np.mean([A[i, 0] for i in range(1, T)]),
+                           v_norms[0] / v_norms[1:].mean(), h_norms[0] / h_norms[1:].mean(),
+                           np.mean(cosines)])
+        each.append(layers)
+    expected = np.mean(each, axis=0)  # (L, 5)
+    names = ["entropy", "sink", "value_drain", "hidden_drain", "similarity"]
+    assert list(got) == names
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(got[name], expected[:, i], rtol=1e-9, err_msg=name)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.fixture
+def small_bench(small_run, monkeypatch, capsys):
+    """Calls bench.py's main in this process; returns what it prints. Seconds, on 40 kB of text."""
+    flags = ("dataset=text size=2M block_size=32 batch_size=6 max_steps=6 eval_every=2 "
+             "eval_tokens=256 warmup_steps=2 device=cpu rounds=1 decode_batch=2 out_dir=b").split()
+
+    def call(*more):
+        words = [word for f in flags for word in (f"--{f}".split("="))]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--contexts", "3", "9", *more])
+        bench.main()
+        return capsys.readouterr().out
+    return call
+
+
+def bench_records(part):
+    lines = Path("b/results.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["name"].startswith(part)]
+
+
+def test_bench_measures_once_and_says_what_it_measured(small_bench, monkeypatch):
+    asked = ("--variants", "vanilla", "resformer", "svformer+gqa", "cla", "--seeds", "3", "4")
+    printed = small_bench(*asked)
+    runs = bench_records("loss")
+    assert [(r["flags"]["attention"], r["flags"]["seed"]) for r in runs] == [
+        (a, seed) for seed in (3, 4) for a in ("vanilla", "resformer", "svformer+gqa", "cla")]
+    for record in runs:
+        assert record["tokens"] == 6 * 6 * 32 and len(record["train_curve"]) == 6
+        assert [step for step, _ in record["val_curve"]] == [2, 4, 6]
+        assert record["val_curve"][-1][1] == record["val_loss"]
+        assert {len(layers) for layers in record["concentration"].values()} == {4}
+        assert {"date", "torch", "machine", "data_sha256"} <= set(record)
+        # The record is enough to make the run again, and gives the same loss.
+    flags = runs[1]["flags"] | dict(value_lambda=(0.5, 0.5), out_dir="again")
+    assert run(TrainConfig(**flags))[-1]["val_loss"] == runs[1]["val_loss"]
+
+    gaps = [runs[i + 1]["val_loss"] - runs[i]["val_loss"] for i in (0, 4)]
+    spread = f"{np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2:.4f}"  # standard error of two
+    assert re.search(rf"^\| resformer .*{re.escape(spread)}", printed, re.M), printed
+    assert f"resformer's loss is below vanilla's: {spread}" in printed
+
+    cache = bench_records("cache")[0]
+    # 4 layers, 2 heads of 8 numbers; svformer+gqa: 4 + 1 layers, one head; cla: 2 + 2 layers.
+    for variant, numbers in (("vanilla", 8 * 16), ("svformer+gqa", 5 * 8), ("cla", 4 * 16)):
+        assert cache[variant]["a token"] == [4 * numbers, 4 * numbers]
+    h82, h468 = 8 * 64, 16 * 64
+    assert cache["vanilla"]["82M 2,048 fp32"] == [2048 * 2 * 8 * h82 * 4] * 2
+    assert cache["cla"]["468M 65,536 bf16"] == [65536 * 24 * h468 * 2] * 2
+    assert cache["svformer+gqa"]["468M 2,048 fp32"] == [2048 * 25 * h468 // 2 * 4] * 2
+    speed = bench_records("speed")[0]
+    assert set(speed["cla"]) == {"training", "decoding at 3", "decoding at 9"}
+    assert max(map(len, printed.splitlines())) <= 120
+
+    monkeypatch.setattr(bench, "train", None)  # whoever calls them fails
+    monkeypatch.setattr(bench, "measure_cache", None)
+    monkeypatch.setattr(bench, "measure_speeds", None)
+    lines = Path("b/results.jsonl").read_text()
+    assert small_bench(*asked) == printed and Path("b/results.jsonl").read_text() == lines
+    with pytest.raises(TypeError):  # another flag is another run
+        small_bench(*asked, "--weight_decay", "0.2")
+
+
+def test_bench_goes_on_where_it_was_stopped(small_bench, monkeypatch):
+    asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
+    whole = small_bench(*asked)
+    records = {r["name"]: r for r in bench_records("loss")}
+    for path in Path("b").glob("*/ckpt.pt"):
+        path.unlink()
+    Path("b/results.jsonl").unlink()
+
+    evaluate, count = train.evaluate, []
+
+    def stopped(*args):
+        count.append(1)
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    with pytest.raises(SystemExit):
+        small_bench(*asked)
+    assert len(bench_records("loss")) == 1  # the second run was stopped in its middle
+    assert small_bench(*asked) == whole and len(count) == 6
+    for record in bench_records("loss"):
+        for key in ("val_curve", "train_curve", "concentration"):
+            assert record[key] == records[record["name"]][key]
+
+
+def test_bench_sweeps_with_the_same_tokens_a_step(small_bench):
+    printed = small_bench("--variants", "vanilla", "svformer", "--seeds", "1", "--parts", "loss",
+                          "--block_size", "32", "16", "64", "--lr", "1e-3", "1e-2")
+    runs = bench_records("loss")
+    assert [(r["flags"]["block_size"], r["flags"]["batch_size"]) for r in runs[::4]] == [
+        (32, 6), (16, 12), (64, 3)]
+    assert {r["tokens"] for r in runs} == {6 * 6 * 32}
+    pairs = {(r["flags"]["block_size"], r["flags"]["lr"], r["flags"]["attention"]): r["val_loss"]
+             for r in runs}
+    table = printed[printed.index("by block_size and lr"):]
+    for size in (32, 16, 64):
+        gaps = [pairs[size, lr, "svformer"] - pairs[size, lr, "vanilla"] for lr in (1e-3, 1e-2)]
+        assert re.search(rf"\| {size} \| +{gaps[0]:+.4f} \| +{gaps[1]:+.4f} \|".replace("+", "[+]")
+                         .replace(" [+]", " +"), table), (size, gaps, table)
+
+
+def test_tokens_saved_and_verdicts():
+    other = dict(val_loss=2.0, val_curve=[[100, 3.0], [200, 2.0]])
+
+    def saved(*losses):
+        return bench.tokens_saved(dict(val_curve=[[50 * (i + 1), x] for i, x in enumerate(losses)]),
+                                  other)
+    assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
+    assert saved(3.0, 2.1, 2.4, 2.0) == pytest.approx(0)
+    assert math.isnan(saved(3.0, 2.5, 2.2, 2.1))
+
+    verdict = bench.verdict
+    # Three differences, mean -0.02, standard deviation s: the 95% interval is 4.303 s / sqrt(3).
+    for s, said in ((0.0078, "holds"), (0.0083, "not distinguishable")):
+        assert verdict(np.array([-0.02 - s, -0.02, -0.02 + s]), -1) == said
+    assert verdict(np.array([0.01, 0.011]), -1) == "does not hold at this scale"
+    assert verdict(np.array([-1.0]), -1) == "one seed can't tell"
+
+
+def test_bench_quick_is_quick_unless_told_otherwise(small_bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "list_runs", lambda config: seen.append(config) or [])
+    monkeypatch.setattr(bench, "load_data", lambda run: 1 / 0)
+    with pytest.raises(IndexError):
+        small_bench("--quick")
+    assert seen[0].seeds == (1,) and seen[0].max_steps == 6 and seen[0].rounds == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--variants resnet", "--variants"), ("--variants gqa gqa", "--variants"),
+    ("--seeds 1 1", "--seeds"), ("--rounds 0", "--rounds"), ("--contexts 0", "--contexts"),
+    ("--lr 1e-3 nan", "--lr"), ("--block_size 32 0", "--block_size"), ("--parts los", "--parts"),
+    ("--attention cla", "--attention"), ("--seed 1", "--seed"), ("--dataset none", "none")])
+def test_bench_names_the_mistake_before_it_begins(small_bench, flags, message):
+    with pytest.raises(UserError, match=message):
+        small_bench(*flags.split())
+    assert not Path("b").exists()
+
+
+def test_bench_leaves_a_strangers_results_alone(small_bench):
+    Path("b").mkdir()
+    Path("b/results.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(UserError, match="results.jsonl"):
+        small_bench()
+    assert Path("b/results.jsonl").read_text() == "[1, 2]\n"

@@ -110,11 +110,47 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.out_dir or f"out/{config.attention}")
 
 
+def load_data(config: TrainConfig) -> tuple:
+    """prepare_data.load's (train ids, val ids, meta); the default data is prepared if need be."""
+    if config.dataset == "stdlib" and not Path("data/stdlib/meta.json").exists() and RANK == 0:
+        prepare(DataConfig())
+    if WORLD > 1:
+        dist.barrier()
+    return load(config.dataset)
+
+
 def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device) -> tuple:
     """Inputs and targets, each (len(starts), block_size) int64: the text from starts on."""
     ids = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     ids = torch.from_numpy(ids).to(device)
     return ids[:, :-1], ids[:, 1:]
+
+
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What --dtype means on this device."""
+    if config.dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def build(config: TrainConfig, vocab_size: int, device: torch.device) -> tuple:
+    """(the model that owns the weights, the same one compiled where config says so, its optimizer,
+    the autocast context that it runs in)"""
+    torch.manual_seed(config.seed)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32
+    raw_model = GPT(model_config(config, vocab_size)).to(device)
+    parameters = list(raw_model.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    compiled = config.compile == "on" or (config.compile == "auto" and cuda)
+    bf16 = precision(config, device) == torch.bfloat16
+    return (raw_model, torch.compile(raw_model) if compiled else raw_model, optimizer,
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -169,10 +205,10 @@ def caught_signals():
             signal.signal(number, old_handler)
 
 
-def train(config: TrainConfig, show: bool = True) -> list[dict]:
+def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> list[dict]:
     """Trains a model in config.out_dir and returns its history, the lines of log.jsonl: for each
     step its number, loss (nats a token), lr and seconds, after an evaluation also val_loss and
-    bits_per_byte. show=False prints nothing.
+    bits_per_byte. show=False prints nothing; a bar, if given, moves on by 1 a step.
 
     The batch of a step depends on (seed, step) alone: variants with one seed see the same data in
     the same order, a resumed run goes on exactly, the number of processes changes nothing. Raises
@@ -189,26 +225,14 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if config.dataset == "stdlib" and not Path("data/stdlib/meta.json").exists() and RANK == 0:
-        prepare(DataConfig())
-    if WORLD > 1:
-        dist.barrier()
-    train_data, val_data, meta = load(config.dataset)
+    train_data, val_data, meta = load_data(config)
     if min(len(train_data), len(val_data)) <= config.block_size or config.batch_size < WORLD:
         raise UserError(f"--block_size {config.block_size} must be less than the {len(train_data)} "
                         f"and {len(val_data)} tokens of {config.dataset}, --batch_size "
                         f"{config.batch_size} not less than the {WORLD} processes")
 
-    torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    raw_model = GPT(model_config(config, meta["vocab_size"])).to(device)
+    raw_model, model, optimizer, autocast = build(config, meta["vocab_size"], device)
     parameters = list(raw_model.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
     first, history = 0, []
     if (out / "ckpt.pt").exists():
         ckpt = load_checkpoint(out / "ckpt.pt", device)
@@ -230,14 +254,8 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
                             step=step, config=asdict(config), model_config=asdict(raw_model.config),
                             data_sha256=meta["sha256"], tokenizer=meta["tokenizer"]), f)
 
-    model = raw_model
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model = torch.compile(model)
     if WORLD > 1:
         model = DistributedDataParallel(model)
-    bf16 = config.dtype == "bfloat16" or (
-        config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((WORLD * rate for name, rate in PEAK_FLOPS.items() if name in gpu), 0)
     flops, batch_shape = raw_model.flops_per_token(), (config.grad_accum, config.batch_size)
@@ -250,9 +268,10 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
         with replace_file(out / "log.jsonl") as f:
             f.writelines(json.dumps(record).encode() + b"\n" for record in history)
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
-    bar = tqdm(total=config.max_steps, initial=first, unit="step",
-               disable=None if show and RANK == 0 else True)  # None: only on a terminal
-    with log, bar, caught_signals() as signals:
+    bar = nullcontext(bar) if bar else tqdm(
+        total=config.max_steps, initial=first, unit="step",
+        disable=None if show and RANK == 0 else True)  # None: only on a terminal
+    with log, bar as bar, caught_signals() as signals:
         for step in range(first, config.max_steps):
             start = time.perf_counter()
             rng = np.random.default_rng((config.seed, step))
@@ -300,8 +319,9 @@ def train(config: TrainConfig, show: bool = True) -> list[dict]:
                 save(step + 1)
             if stop:
                 if RANK == 0:
-                    print(f"\nstopped after step {step + 1}, saved; to go on: python train.py "
-                          f"--resume --out_dir {out}", file=sys.stderr)
+                    again = f"python train.py --resume --out_dir {out}" if show else "start again"
+                    print(f"\nstopped after step {step + 1}, saved; to go on: {again}",
+                          file=sys.stderr)
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if WORLD > 1:
         dist.destroy_process_group()

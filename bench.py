@@ -1,0 +1,455 @@
+"""The comparison: every system trained on the same tokens in the same order; its loss, KV cache,
+speed and attention concentration side by side.
+
+    python bench.py                      nine systems x three seeds, 75 minutes on two CPU cores
+    python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
+    python bench.py --variants vanilla resformer --n_layer 16          any flag of train.py
+    python bench.py --variants vanilla svformer --block_size 64 256 --lr 1e-3 4e-3     a sweep
+
+The first variant is what the others are compared with, seed by seed: a pair has the same data in
+the same order, and the same initial weights where both have them. Each measurement is a line in
+out/bench/results.jsonl; what is there is not done again, so a bench that was stopped goes on.
+"""
+
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, KVCache, rotate
+from prepare_data import UserError, flag, load_checkpoint, one_line_errors, parse_flags, pick_device
+from train import (WORLD, TrainConfig, build, check, load_data, model_config, precision, train,
+                   windows)
+
+QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384, rounds=3)
+PAPER_CACHES = (("82M", 2048, torch.float32), ("82M", 65536, torch.bfloat16),
+                ("468M", 2048, torch.float32), ("468M", 65536, torch.bfloat16))
+PARTS = ("loss", "cache", "speed")
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    variants: tuple = flag(("vanilla", "resformer", "svformer", "neutreno", "denseformer", "gqa",
+                            "cla", "svformer+gqa", "cla+gqa"), "what to compare, the first with "
+                           "all others; names as in train.py", nargs="+", type=str)
+    seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", type=int)
+    block_size: tuple = flag((128,), "context in tokens, or several; --batch_size is the first "
+                             "one's, the others get as many tokens a step", nargs="+", type=int)
+    lr: tuple = flag((4e-3,), "highest learning rate, or several", nargs="+", type=float)
+    parts: tuple = flag(PARTS, "what to measure; loss includes attention concentration", nargs="+",
+                        type=str, choices=PARTS)
+    contexts: tuple = flag((128, 4096), "speed: tokens in the cache while decoding", nargs="+",
+                           type=int)
+    decode_batch: int = flag(8, "speed: sequences that are decoded at once")
+    rounds: int = flag(7, "speed: turns, of which the median is taken")
+    quick: bool = flag(False, "one seed, 100 steps, 3 turns: minutes, and noise")
+    out_dir: str = flag("out/bench", "the folder of results.jsonl, the figures and the runs")
+    attention: str = "vanilla"  # these three are no flags here: variants, seeds, always
+    seed: int = 1
+    resume: bool = True
+
+
+def list_runs(config: BenchConfig) -> list[TrainConfig]:
+    """All runs, the first seed's first; raises UserError before any work."""
+    for name in ("variants", "seeds", "block_size", "lr", "contexts"):
+        if len(set(values := getattr(config, name))) < len(values):
+            raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
+    if min(*config.contexts, config.decode_batch, config.rounds) < 1:
+        raise UserError("--contexts, --decode_batch and --rounds must be at least 1")
+    shared, runs = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}, []
+    for seed, block_size, lr, variant in itertools.product(
+            config.seeds, config.block_size, config.lr, config.variants):
+        batch_size = max(1, config.batch_size * config.block_size[0] // max(1, block_size))
+        n_kv_head = config.n_kv_head if "gqa" in variant else None
+        runs.append(TrainConfig(**shared | dict(
+            seed=seed, block_size=block_size, lr=lr, attention=variant, batch_size=batch_size,
+            n_kv_head=n_kv_head)))
+        try:
+            check(runs[-1])
+        except UserError as error:
+            raise UserError(str(error).replace("--attention", "--variants")) from None
+    return runs
+
+
+class Results(dict):
+    """results.jsonl as {name: record}. A name holds all that a measurement depends on."""
+
+    def __init__(self, folder: Path, device: torch.device, data_sha256: str):
+        chip = platform.processor() or platform.machine()
+        machine = f"{chip}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            machine = torch.cuda.get_device_name(device)
+        self.path, self.about = folder / "results.jsonl", dict(
+            date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
+            python=platform.python_version(), data_sha256=data_sha256)
+        try:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            super().__init__({record["name"]: record for record in map(json.loads, lines)})
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.path} isn't what bench.py writes: move it away") from None
+
+    def name(self, part: str, run: TrainConfig, **settings) -> str:
+        text = json.dumps([part, self.flags(run), settings, self.about["data_sha256"]])
+        return f"{part}-{run.attention}-{run.seed}-{zlib.crc32(text.encode()):08x}"
+
+    def flags(self, run: TrainConfig) -> dict:
+        return {k: v for k, v in asdict(run).items() if k not in ("out_dir", "resume")}
+
+    def once(self, measure, part: str, run: TrainConfig, **settings) -> dict:
+        """The record of this name; if there is none yet, of what measure() returns."""
+        name = self.name(part, run, **settings)
+        if name not in self:
+            record = dict(name=name, **self.about, flags=self.flags(run), **settings, **measure())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as f:
+                print(json.dumps(record), file=f)
+            self[name] = json.loads(json.dumps(record))
+        return self[name]
+
+
+# ---- loss and attention concentration -----------------------------------------------------------
+
+
+@torch.no_grad()
+def concentration(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
+    """How much attention concentrates, per layer, as means over the sequences idx (B, T):
+
+    entropy: of token importance, in nats. A layer's attention, averaged over heads, summed over
+        queries and normalised over keys, says how important each token is (the paper's eq. 11);
+        at most ln T, and low where a few tokens have it all.
+    sink: the attention that the queries after the first pay to the first token.
+    value_drain: norm of the first token's value, as attention uses it, over the others' mean norm.
+    hidden_drain: the same of the hidden states after the block.
+    similarity: mean cosine similarity of two positions' hidden states after the block.
+    """
+    found = {name: [] for name in MEASURES[1:]}
+
+    def drain(x):  # (B, T, numbers)
+        norms = x.norm(dim=-1)
+        return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
+
+    def after_attention(attention, inputs, _):
+        x, rope, _, kv, _ = inputs
+        c, T = attention.config, x.size(1)
+        q = rotate(attention.q_proj(x).unflatten(-1, (c.n_head, -1)).transpose(1, 2), *rope)
+        k = kv["k"].repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T, hs)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(c.head_dim)).masked_fill(future, -math.inf)
+        A = scores.softmax(dim=-1).mean(dim=1)  # (B, T queries, T keys)
+        importance = A.sum(dim=1) / T  # (B, T), sums to 1
+        found["entropy"].append(torch.special.entr(importance).sum(dim=-1).mean().item())
+        found["sink"].append(A[:, 1:, 0].mean().item())
+        found["value_drain"].append(drain(kv["v"].transpose(1, 2).flatten(2)))
+
+    def after_block(_, inputs, x):
+        found["hidden_drain"].append(drain(x))
+        T, total = x.size(1), F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
+        # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
+        cosines = (total.square().sum(dim=-1) - T) / (T * (T - 1))
+        found["similarity"].append(cosines.mean().item())
+
+    hooks = [block.self_attn.register_forward_hook(after_attention) for block in model.layers]
+    hooks += [block.register_forward_hook(after_block) for block in model.layers]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict:
+    """Trains, then looks at 64 validation windows with what was learned."""
+    start = time.perf_counter()
+    history = train(run, show=False, bar=bar)
+    seconds = time.perf_counter() - start
+    ckpt = load_checkpoint(Path(run.out_dir, "ckpt.pt"), device)
+    model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
+    model.load_state_dict(ckpt["model"])
+    # One window at a time: (nh, T, T) numbers are enough at T = 2,048.
+    starts = np.linspace(0, len(val_data) - run.block_size - 1, 64).astype(np.int64)
+    each = [concentration(model, windows(val_data, start, run.block_size, device)[0])
+            for start in starts[:, None]]
+    curve = [(record["step"], record["val_loss"]) for record in history if "val_loss" in record]
+    bar.write(f"{bar.desc}: {curve[-1][1]:.4f} nats a token, {seconds:.0f} s", file=sys.stderr)
+    return dict(params=model.num_params(), seconds=round(seconds, 1), val_loss=curve[-1][1],
+                tokens=len(history) * run.batch_size * run.grad_accum * run.block_size,
+                bits_per_byte=history[-1]["bits_per_byte"], val_curve=curve,
+                train_curve=[round(record["loss"], 4) for record in history],
+                concentration={name: np.mean([e[name] for e in each], axis=0).tolist()
+                               for name in each[0]})
+
+
+def measure_losses(runs: list[TrainConfig], results: Results, val_data, device) -> dict:
+    """{(block_size, lr): {variant: [a record for each seed]}}"""
+    tables = {}
+    left = sum(run.max_steps for run in runs if results.name("loss", run) not in results)
+    with tqdm(total=left, unit="step", disable=None) as bar:
+        for i, run in enumerate(runs, 1):
+            bar.set_description_str(f"run {i} of {len(runs)}: {run.attention}, seed {run.seed}, "
+                                    f"block_size {run.block_size}, lr {run.lr:g}")
+            folder = str(results.path.parent / results.name("loss", run))
+            record = results.once(lambda: trained(replace(run, out_dir=folder), val_data, device,
+                                                  bar), "loss", run)
+            table = tables.setdefault((run.block_size, run.lr), {})
+            table.setdefault(run.attention, []).append(record)
+    return tables
+
+
+# ---- KV cache and speed -------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def decode(model: GPT, cache: KVCache, n: int):
+    """Reads n tokens a sequence, one after the other, behind what is in the cache."""
+    token = torch.zeros(cache.k[0].size(0), 1, dtype=torch.long, device=cache.k[0].device)
+    for _ in range(n):
+        token = model(token, cache=cache)[0].argmax(dim=-1)  # (B, 1)
+
+
+def cache_by_formula(c: GPTConfig) -> int:
+    """Numbers a token: (layers with keys + layers with values) x key/value heads x head size."""
+    keys = math.ceil(c.n_layer / 2) if "cla" in c.variants else c.n_layer
+    values = 1 if "svformer" in c.variants else keys
+    return (keys + values) * c.n_kv_head * c.head_dim
+
+
+def measure_cache(run: TrainConfig, vocab_size: int, device: torch.device) -> dict:
+    """{which cache: [bytes by the formula, bytes of its tensors]}: a token of one that decoding
+    fills to the end, then the caches of the paper's sizes, allocated only."""
+    c = model_config(run, vocab_size)
+    cache = KVCache(c, 1, c.block_size, device)
+    decode(GPT(c).to(device), cache, c.block_size)
+    found = {"a token": [4 * cache_by_formula(c), cache.nbytes / cache.length]}
+    for size, T, dtype in PAPER_CACHES:
+        shape = replace(run, size=size, n_layer=None, n_head=None, n_embd=None, n_ffn=None)
+        c = model_config(shape, vocab_size)
+        try:
+            measured = KVCache(c, 1, T, device, dtype).nbytes
+        except RuntimeError:  # this machine hasn't so much memory
+            measured = math.nan
+        found[f"{size} {T:,} {'fp32' if dtype == torch.float32 else 'bf16'}"] = [
+            T * cache_by_formula(c) * dtype.itemsize, measured]
+    return found
+
+
+def in_turns(a, b, device: torch.device, rounds: int) -> tuple[float, float]:
+    """Calls a, b, a, b, ...: median seconds of b, and median of a's seconds over b's."""
+    def seconds(task):
+        start = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    pairs = [(seconds(a), seconds(b)) for _ in range(rounds + 1)][1:]  # the first one warms up
+    return median(b for _, b in pairs), median(a / b for a, b in pairs)
+
+
+def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
+    """{what is timed: (a function that does it, how many tokens that is)}"""
+    model, compiled, optimizer, autocast = build(run, vocab_size, device)
+    batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
+
+    def train_steps():
+        for _ in range(4):
+            with autocast:
+                _, loss = compiled(*batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    tasks, dtype = {"training": (train_steps, 4 * batch[0].numel())}, precision(run, device)
+    decoder = GPT(model.config).to(device, dtype)
+    for context in config.contexts:
+        cache = KVCache(model.config, config.decode_batch, context + 16, device, dtype)
+        for store in filter(torch.is_tensor, cache.k + cache.v):
+            store.normal_()
+
+        def decode_16(cache=cache, context=context):
+            cache.length = context
+            decode(decoder, cache, 16)
+
+        tasks[f"decoding at {context:,}"] = decode_16, config.decode_batch * 16
+    return tasks
+
+
+def measure_speeds(runs: list[TrainConfig], config: BenchConfig, vocab_size: int, device) -> dict:
+    """{variant: {task: [its tokens a second, their ratio to the first variant's]}}"""
+    first, found = speed_tasks(runs[0], config, vocab_size, device), {}
+    for run in tqdm(runs, desc="speed", unit="variant", disable=None):
+        found[run.attention] = row = {}
+        for task, (function, tokens) in speed_tasks(run, config, vocab_size, device).items():
+            seconds, ratio = in_turns(first[task][0], function, device, config.rounds)
+            row[task] = [tokens / seconds, ratio]
+    return found
+
+
+# ---- what came out ------------------------------------------------------------------------------
+
+MEASURES = ("loss", "entropy", "sink", "value_drain", "hidden_drain", "similarity")
+
+# The paper's claims: (claim, measure, variant, the variant it is set against, sign of the gap).
+CLAIMS = (("a", "loss", "resformer", "vanilla", -1), ("a", "loss", "resformer", "denseformer", -1),
+          ("a", "loss", "resformer", "neutreno", -1), ("b", "loss", "svformer", "gqa", -1),
+          ("b", "loss", "svformer", "cla", -1), ("d", "entropy", "resformer", "vanilla", 1),
+          ("d", "sink", "resformer", "vanilla", -1),
+          ("d", "value_drain", "resformer", "vanilla", 1))
+
+# Student's t, two-sided 95%, for 2, 3, ... seeds: few seeds make a wide interval.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def by_seed(records: list[dict], measure: str) -> np.ndarray:
+    """The validation loss, or a concentration measure's mean over the deeper half of the layers."""
+    if measure == "loss":
+        return np.array([record["val_loss"] for record in records])
+    layers = np.array([record["concentration"][measure] for record in records])
+    return layers[:, layers.shape[1] // 2:].mean(axis=1)
+
+
+def standard_error(gaps: np.ndarray) -> float:
+    return gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+
+
+def spread(gaps: np.ndarray, digits: int = 4) -> str:
+    return f"{gaps.mean():+.{digits}f}" + (
+        f" ± {standard_error(gaps):.{digits}f}" if len(gaps) > 1 else "")
+
+
+def verdict(gaps: np.ndarray, sign: int) -> str:
+    if len(gaps) == 1:
+        return "one seed can't tell"
+    if abs(gaps.mean()) <= T95[min(len(gaps), 10) - 2] * standard_error(gaps):
+        return "not distinguishable"
+    return "holds" if gaps.mean() * sign > 0 else "does not hold at this scale"
+
+
+def tokens_saved(record: dict, other: dict) -> float:
+    """The share of its training that a run can do without to reach the other's last validation
+    loss, from straight lines between the evaluations; NaN if it doesn't reach it."""
+    steps, losses = np.array(record["val_curve"]).T
+    best = np.minimum.accumulate(losses)
+    return 1 - np.interp(-other["val_loss"], -best, steps, right=math.nan) / steps[-1]
+
+
+def print_table(title: str, header: list, rows: list):
+    print(f"\n{title}\n")
+    widths = [max(len(str(cell)) for cell in column) for column in zip(header, *rows)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        first, *others = (str(cell).rjust(width) for cell, width in zip(row, widths))
+        print("|", " | ".join([first.strip().ljust(widths[0]), *others]), "|")
+
+
+def print_losses(config: BenchConfig, tables: dict):
+    first, *others = config.variants
+    for (block_size, lr), table in tables.items():
+        losses, attention = [], []
+        for variant, records in table.items():
+            gaps = [by_seed(records, m) - by_seed(table[first], m) for m in MEASURES]
+            means = [by_seed(records, m).mean() for m in MEASURES]
+            saved = np.mean([tokens_saved(*pair) for pair in zip(records, table[first])])
+            losses.append([variant, f"{records[0]['params']:,}", f"{means[0]:.4f}"] + (
+                ["", ""] if variant == first else
+                [spread(gaps[0]), "not reached" if math.isnan(saved) else f"{saved:.0%}"]))
+            attention.append([variant] + [
+                f"{mean:.2f}" + f" {spread(gap, 3)}".replace(" ± ", "±") * (variant != first)
+                for mean, gap in zip(means[1:], gaps[1:])])
+        where = (f"block_size {block_size}, lr {lr:g}, {len(records)} seeds"
+                 + ", --quick: noisy" * config.quick)
+        print_table(f"Validation loss in nats a token, {records[0]['tokens']:,} tokens; {where}",
+                    ["variant", "params", "loss", f"minus {first}'s", "fewer tokens"], losses)
+        print_table(f"Attention in the deeper half of the layers, and minus {first}'s; {where}",
+                    ["variant", *MEASURES[1:]], attention)
+        print()
+        for claim, measure, a, b, sign in CLAIMS:
+            if {a, b} <= set(table):
+                gaps = by_seed(table[a], measure) - by_seed(table[b], measure)
+                print(f"{claim}. {a}'s {measure} is {'above' if sign > 0 else 'below'} {b}'s: "
+                      f"{spread(gaps)}, {verdict(gaps, sign)}")
+    for variant in others if len(tables) > 1 else ():
+        gaps = {key: spread(by_seed(table[variant], "loss") - by_seed(table[first], "loss"))
+                for key, table in tables.items()}
+        print_table(f"Loss of {variant} minus {first}'s, by block_size and lr",
+                    ["", *config.lr], [[b, *(gaps[b, lr] for lr in config.lr)]
+                                       for b in config.block_size])
+
+
+def draw(variants, table: dict, folder: Path):
+    """loss.png, relative training loss, and concentration.png, from {variant: [record, ...]}."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("\nno figures: pip install matplotlib, then start this again")
+        return
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (variant, records) in enumerate(table.items()):
+        curves = [np.subtract(a["train_curve"], b["train_curve"])
+                  for a, b in zip(records, table[variants[0]])]
+        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth of the run, without the wild start
+        smooth = np.array([np.convolve(c, np.full(n, 1 / n), "valid")[2 * n:] for c in curves])
+        steps = np.arange(smooth.shape[1]) + 3 * n
+        ax.plot(steps, smooth.mean(axis=0), f"C{i}", label=variant)
+        ax.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=f"C{i}", alpha=0.15)
+    ax.set(xlabel="step", ylabel=f"training loss minus {variants[0]}'s, nats a token")
+    ax.legend(ncols=3)
+    figure.savefig(folder / "loss.png", dpi=120)
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.5), layout="constrained")
+    for ax, measure in zip(axes, MEASURES[1:]):
+        for i, (variant, records) in enumerate(table.items()):
+            layers = np.mean([record["concentration"][measure] for record in records], axis=0)
+            ax.plot(np.arange(1, len(layers) + 1), layers, f"C{i}", label=variant)
+        ax.set(title=measure, xlabel="layer")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=9)
+    figure.savefig(folder / "concentration.png", dpi=120)
+    plt.close("all")
+    print(f"\nfigures: {folder / 'loss.png'} and {folder / 'concentration.png'}")
+
+
+def main():
+    config, given = parse_flags(BenchConfig, __doc__)
+    if config.quick:
+        config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
+    if WORLD > 1:
+        raise UserError("bench.py measures on one process: start it without torchrun")
+    runs, device = list_runs(config), pick_device(config.device)
+    _, val_data, meta = load_data(runs[0])
+    results = Results(Path(config.out_dir), device, meta["sha256"])
+    one_each = runs[:len(config.variants)]  # of the first seed, block_size and lr
+    if "loss" in config.parts:
+        tables = measure_losses(runs, results, val_data, device)
+        print_losses(config, tables)
+        draw(config.variants, next(iter(tables.values())), results.path.parent)
+    settings = dict(variants=config.variants)
+    if "cache" in config.parts:
+        caches = results.once(lambda: {run.attention: measure_cache(run, meta["vocab_size"], device)
+                                       for run in one_each}, "cache", runs[0], **settings)
+        first = caches[config.variants[0]]["a token"][1]
+        print_table("KV cache by the formula / of the tensors: bytes a token in fp32, then MiB", [
+                    "variant", f"of {config.variants[0]}", *caches[config.variants[0]]],
+                    [[variant, f"{caches[variant]['a token'][1] / first:.0%}"] + [
+                        " / ".join(f"{n if which == 'a token' else n / 2**20:,.0f}" for n in pair)
+                        for which, pair in caches[variant].items()] for variant in config.variants])
+    if "speed" in config.parts:
+        settings |= dict(contexts=config.contexts, batch=config.decode_batch, rounds=config.rounds)
+        speeds = results.once(lambda: measure_speeds(one_each, config, meta["vocab_size"], device),
+                              "speed", runs[0], **settings)
+        print_table(f"Speed over {config.variants[0]}'s (tokens/s; decoding: {config.decode_batch} "
+                    "sequences)", ["variant", *speeds[config.variants[0]]],
+                    [[variant] + [f"{ratio:.2f} ({rate:,.0f})"
+                                  for rate, ratio in speeds[variant].values()]
+                     for variant in config.variants])
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
