@@ -17,12 +17,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 
@@ -43,14 +45,26 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors():
-    """Around a script: a UserError, or a disk that fails, ends in one line and no traceback."""
+    """Around a script: what the user can mend, Ctrl-C and SIGTERM end in one line."""
+    def terminated(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     except BrokenPipeError:  # who reads our output, `head` say, has enough
         os._exit(141)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        kind = "" if isinstance(error, (UserError, OSError)) else "out of memory: "
+        line = str(error).splitlines()[0]  # torch goes on for a page when memory runs out
+        print(f"{Path(sys.argv[0]).name}: {kind}{line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command starts again, from what "
+              "is complete", file=sys.stderr)
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 
 def flag(default, help: str, **options):
@@ -92,6 +106,9 @@ def replace_file(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        why = error if isinstance(error, OSError) else "is the disk full?"
+        raise UserError(f"{path} can't be written, and is as it was: {why}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -242,8 +259,10 @@ def download(url: str, path: Path):
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
+            if response.length is None:
+                raise OSError("the server doesn't say how long it is")
             have = have if response.status == 206 else 0  # 200: the server sends all of it again
-            total = have + (response.length or 0)
+            total = have + response.length
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab") as f, tqdm(desc=path.name, total=total, initial=have, unit="B",
                                              unit_scale=True) as bar:
@@ -252,8 +271,8 @@ def download(url: str, path: Path):
                     bar.update(f.write(data))
         if part.stat().st_size < total:
             raise OSError("the download ended early")
-    except OSError as error:
-        raise UserError(f"{url}: {error}; run this again to go on") from None
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{url}: {error!r}; run this again to go on") from None
     os.replace(part, path)
 
 

@@ -45,9 +45,14 @@ def load_model(path: Path, device, dtype) -> tuple[GPT, str]:
     """The model of a checkpoint, and the name of its tokenizer."""
     ckpt = load_checkpoint(path, device)
     try:
-        model = GPT(GPTConfig(**ckpt["model_config"]))
+        c, tensors = GPTConfig(**ckpt["model_config"]), ckpt["model"].values()
+        # Before a model is built: are there as many numbers in the file as this one has at least?
+        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in tensors}
+        if sum(held.values()) < c.n_embd * (2 * c.vocab_size + c.n_layer * 3 * c.n_ffn):
+            raise ValueError("it is larger than the file")
+        model = GPT(c)
         model.load_state_dict(ckpt["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} doesn't hold the model that its config describes: "
                         f"{str(error).splitlines()[0]}") from None
     return model.to(device, dtype), ckpt["tokenizer"]
@@ -57,6 +62,8 @@ def main():
     config, _ = parse_flags(SampleConfig, __doc__)
     if min(config.num_samples, config.max_new_tokens) < 1:
         raise UserError("--num_samples and --max_new_tokens must be at least 1")
+    if not 0 <= config.seed < 2**62:
+        raise UserError(f"--seed must be at least 0 and less than 2^62, not {config.seed}")
     device, dtype = pick_device(config.device), getattr(torch, config.dtype)
     model, tokenizer = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
     tokenizer = get_tokenizer(tokenizer)

@@ -8,13 +8,19 @@ import hashlib
 import http.server
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -1009,3 +1015,493 @@ def test_bench_leaves_a_strangers_results_alone(small_bench):
     with pytest.raises(UserError, match="results.jsonl"):
         small_bench()
     assert Path("b/results.jsonl").read_text() == "[1, 2]\n"
+
+
+# ---- faults: wrong input, full disks, signals, many processes -----------------------------------
+
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; SLOW=1 runs it")
+
+# What is in the folder: good data (text), a finished run (run) and, each broken in its own way,
+# data in data/<name>, checkpoints in <name>/ckpt.pt, texts. Then the script, its flags and a word
+# that must be in its one line.
+BAD_INPUTS = [line.split("|") for line in """
+prepare_data.py|nowhere|no such path
+prepare_data.py|empty.txt|no UTF-8 text
+prepare_data.py|latin1.txt|no UTF-8 text
+prepare_data.py|zero.bin|no UTF-8 text
+prepare_data.py|empty_folder|no UTF-8 text
+prepare_data.py|binaries|no UTF-8 text
+prepare_data.py|loop|no such path
+prepare_data.py|/dev/zero|no UTF-8 text
+prepare_data.py|elsewhere/text.txt|from elsewhere
+prepare_data.py|text.txt --tokenizer gpt3|--tokenizer
+prepare_data.py|fineweb --tokenizer byte|--tokenizer
+prepare_data.py|fineweb --shards 0|--shards
+prepare_data.py|fineweb --shards -3|--shards
+prepare_data.py|fineweb --shards nan|--shards
+prepare_data.py|text.txt other.txt|other.txt
+prepare_data.py|--bogus|--bogus
+train.py|--attention resnet|--attention
+train.py|--attention vanilla+gqa|--attention
+train.py|--attention resformer+svformer|--attention
+train.py|--attention cla+cla|--attention
+train.py|--attention|--attention
+train.py|--size 83M|--size
+train.py|--n_layer 0|--n_layer
+train.py|--n_layer -1|--n_layer
+train.py|--n_layer 1.5|--n_layer
+train.py|--n_layer 1000000000|--n_layer
+train.py|--n_embd 1000000000|--n_embd
+train.py|--n_embd 63|--n_embd
+train.py|--n_head 0|--n_head
+train.py|--n_head 7|n_head (7)
+train.py|--n_ffn 0|--n_ffn
+train.py|--n_kv_head 2 --n_head 4|gqa
+train.py|--attention gqa --n_head 4 --n_embd 64 --n_kv_head 3|--n_kv_head
+train.py|--value_lambda 1|--value_lambda
+train.py|--value_lambda nan 1|--value_lambda
+train.py|--neutreno_lambda inf|neutreno_lambda
+train.py|--dataset nothing|nothing
+train.py|--dataset odd|train.bin
+train.py|--dataset outside|vocabulary
+train.py|--dataset no_val|val.bin
+train.py|--dataset no_json|meta.json
+train.py|--dataset list_json|meta.json
+train.py|--dataset less|train.bin
+train.py|--dataset short|--block_size
+train.py|--block_size 0|--block_size
+train.py|--block_size 1000000|--block_size
+train.py|--batch_size -2|--batch_size
+train.py|--grad_accum 0|--grad_accum
+train.py|--max_steps 0|--max_steps
+train.py|--max_steps ten|--max_steps
+train.py|--lr nan|--lr
+train.py|--lr -1e-3|--lr
+train.py|--min_lr -1|--min_lr
+train.py|--warmup_steps -1|--warmup_steps
+train.py|--weight_decay inf|--weight_decay
+train.py|--grad_clip -1|--grad_clip
+train.py|--seed -1|--seed
+train.py|--seed 99999999999999999999999|--seed
+train.py|--device tpu|--device
+train.py|--device cuda:99|--device
+train.py|--dtype float16|--dtype
+train.py|--compile maybe|--compile
+train.py|--eval_every 0|--eval_every
+train.py|--eval_tokens -1|--eval_tokens
+train.py|--out_dir run|--resume
+train.py|--out_dir text.txt|text.txt
+train.py|--resume --out_dir run --seed 5|--seed
+train.py|--resume --out_dir run --attention cla|--attention
+train.py|--resume --out_dir run --dataset other|--dataset
+train.py|--resume --out_dir bomb|bomb
+train.py|--resume --out_dir truncated|truncated
+train.py|--resume --out_dir flipped|flipped
+train.py|--resume --out_dir empty|empty
+train.py|--resume --out_dir list|not a checkpoint
+train.py|--resume --out_dir version|not a checkpoint
+train.py|--resume --out_dir config|config
+train.py|--resume --out_dir shapes|shapes
+train.py|--resume --out_dir words|words
+train.py|--resume --out_dir optimizer|optimizer
+train.py|--resume --out_dir no_log|no_log
+sample.py|--out_dir nowhere|nowhere
+sample.py|--out_dir bomb|bomb
+sample.py|--out_dir truncated|truncated
+sample.py|--out_dir flipped|flipped
+sample.py|--out_dir empty|empty
+sample.py|--out_dir list|not a checkpoint
+sample.py|--out_dir version|not a checkpoint
+sample.py|--out_dir shapes|shapes
+sample.py|--out_dir words|words
+sample.py|--out_dir terabyte|larger than the file
+sample.py|--out_dir run --prompt FILE:nowhere|nowhere
+sample.py|--out_dir run --prompt FILE:latin1.txt|UTF-8
+sample.py|--out_dir run --prompt FILE:binaries|binaries
+sample.py|--out_dir run --prompt FILE:empty.txt|--prompt
+sample.py|--out_dir run --num_samples 0|--num_samples
+sample.py|--out_dir run --max_new_tokens -1|--max_new_tokens
+sample.py|--out_dir run --temperature -1|--temperature
+sample.py|--out_dir run --temperature nan|--temperature
+sample.py|--out_dir run --top_k 0|--top_k
+sample.py|--out_dir run --top_k many|--top_k
+sample.py|--out_dir run --seed 99999999999999999999999|--seed
+sample.py|--out_dir run --device tpu|--device
+sample.py|--out_dir run --dtype int8|--dtype
+bench.py|--variants resnet|--variants
+bench.py|--variants gqa gqa|--variants
+bench.py|--variants|--variants
+bench.py|--seeds 1 1|--seeds
+bench.py|--seeds -1|--seed
+bench.py|--rounds 0|--rounds
+bench.py|--contexts 16 0|--contexts
+bench.py|--decode_batch 0|--decode_batch
+bench.py|--lr 1e-3 nan|--lr
+bench.py|--block_size 32 0|--block_size
+bench.py|--parts los|--parts
+bench.py|--attention cla|--attention
+bench.py|--resume|--resume
+bench.py|--dataset nothing|nothing
+bench.py|--out_dir strange|results.jsonl
+""".strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schöne Daten")  # with a space, and not ASCII
+    old = os.getcwd()
+    os.chdir(folder)
+    for name in ("text", "other"):
+        Path(f"{name}.txt").write_text(f"a line of {name}\n" * 500)
+        prepare(DataConfig(f"{name}.txt"))
+    Path("short.txt").write_text("few words")
+    prepare(DataConfig("short.txt"))
+    run(TrainConfig(dataset="text", size="2M", block_size=32, batch_size=2, max_steps=2,
+                    eval_tokens=64, device="cpu", out_dir="run"))
+
+    for name in ("empty_folder", "binaries", "elsewhere", "strange"):
+        Path(name).mkdir()
+    Path("empty.txt").touch()
+    Path("latin1.txt").write_bytes("schön".encode("latin-1"))
+    Path("zero.bin").write_bytes(b"text\0text")
+    Path("binaries/a.bin").write_bytes(bytes(range(256)))
+    Path("elsewhere/text.txt").write_text("another text of the same name\n" * 99)
+    Path("loop").symlink_to("loop")
+    Path("strange/results.jsonl").write_text('{"nom": 1}\n')
+
+    for name in ("odd", "outside", "no_val", "no_json", "list_json", "less"):
+        shutil.copytree("data/text", f"data/{name}")
+    good = Path("data/text/train.bin").read_bytes()
+    Path("data/odd/train.bin").write_bytes(good[:-1])
+    Path("data/less/train.bin").write_bytes(good[:-2])
+    Path("data/outside/train.bin").write_bytes(good[:-2] + b"\xff\xff")
+    Path("data/no_val/val.bin").unlink()
+    Path("data/no_json/meta.json").write_text("{'tokens'")
+    Path("data/list_json/meta.json").write_text("[1]")
+
+    good, ckpt = Path("run/ckpt.pt").read_bytes(), torch.load("run/ckpt.pt", weights_only=True)
+    for name in ("truncated", "flipped", "empty", "bomb", "list", "version", "config", "shapes",
+                 "words", "optimizer", "no_log", "terabyte"):
+        shutil.copytree("run", name)
+    Path("truncated/ckpt.pt").write_bytes(good[:-5000])
+    Path("flipped/ckpt.pt").write_bytes(good[:900] + bytes([good[900] ^ 64]) + good[901:])
+    Path("empty/ckpt.pt").write_bytes(b"")
+    Path("bomb/ckpt.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    Path("no_log/log.jsonl").write_text("")
+    torch.save([1, 2], "list/ckpt.pt")
+    torch.save({k: v for k, v in ckpt.items() if k != "model_config"}, "version/ckpt.pt")
+    torch.save(ckpt | dict(config=dict(ckpt["config"], flavour=1)), "config/ckpt.pt")
+    name = "layers.0.mlp.up_proj.weight"
+    torch.save(ckpt | dict(model=ckpt["model"] | {name: torch.zeros(3, 3)}), "shapes/ckpt.pt")
+    torch.save(ckpt | dict(model=ckpt["model"] | {name: "zeros"}), "words/ckpt.pt")
+    torch.save(ckpt | dict(optimizer=dict(state={}, param_groups=[])), "optimizer/ckpt.pt")
+    huge = ckpt["model_config"] | dict(n_embd=1 << 18, n_ffn=1 << 19)
+    torch.save(ckpt | dict(model_config=huge), "terabyte/ckpt.pt")
+    os.chdir(old)
+    return folder
+
+
+def refused(capfd, script, *flags):
+    """Runs a script in this process, with exit status 2 and one line, which is returned."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            runpy.run_path(str(HERE / script), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    error = capfd.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+def contents(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")
+            if p.name != "lock"}
+
+
+@pytest.mark.parametrize("script, flags, word", BAD_INPUTS, ids=lambda value: value[:60])
+def test_bad_input_ends_in_one_line_and_changes_nothing(bad_folder, monkeypatch, capfd, script,
+                                                        flags, word):
+    monkeypatch.chdir(bad_folder)
+    flags = flags.split()
+    if script in ("train.py", "bench.py") and "--resume" not in flags:  # small, where it may matter
+        usual = dict(dataset="text", size="2M", block_size=32, batch_size=2, max_steps=2)
+        for name, value in usual.items():
+            flags += [] if f"--{name}" in flags else [f"--{name}", str(value)]
+        if script == "bench.py" and "--variants" not in flags:
+            flags += ["--variants", "vanilla"]
+    before = contents(bad_folder)
+    error = refused(capfd, script, *flags)
+    assert error.startswith(f"{script}: ") and word in error
+    assert contents(bad_folder) == before
+
+
+SMALL = ("--dataset=text", "--size=2M", "--block_size=32", "--batch_size=2", "--eval_tokens=64",
+         "--device=cpu")
+
+
+def test_too_large_a_batch_says_so_and_blocks_nothing(small_run, capfd):
+    flags = ("--dataset", "text", "--size", "2M", "--block_size", "32", "--max_steps", "2")
+    assert "out of memory" in refused(capfd, "train.py", *flags, "--batch_size", "100000000000")
+    assert len(run(replace(small_run, attention="resformer", out_dir=None))) == 12
+
+
+@contextmanager
+def full_disk(n_bytes):
+    """No file can grow over so many bytes: write fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_what_was_there(small_run, folder, capfd):
+    run(replace(small_run, max_steps=4))
+    before = Path("run/ckpt.pt").read_bytes()
+    with full_disk(len(before) // 2):  # the checkpoint doesn't fit
+        with pytest.raises(UserError, match="ckpt.pt can't be written, and is as it was"):
+            run(replace(small_run, resume=True))
+    assert Path("run/ckpt.pt").read_bytes() == before
+    flags = ("--resume", "--out_dir=run", "--max_steps=12", "--eval_every=100")
+    with full_disk(Path("run/log.jsonl").stat().st_size + 100):  # the log doesn't
+        assert "File too large" in refused(capfd, "train.py", *flags)
+    assert Path("run/ckpt.pt").read_bytes() == before and not list(folder.rglob("*.part"))
+    assert [r["step"] for r in run(replace(small_run, resume=True))] == list(range(1, 13))
+
+    data = {p: p.read_bytes() for p in Path("data/text").iterdir()}
+    with full_disk(10_000):
+        with pytest.raises(UserError, match="train.bin can't be written, .*too large"):
+            prepare(DataConfig("text.txt"))
+    assert {p: p.read_bytes() for p in Path("data/text").iterdir()} == data
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_named(small_run, capfd):
+    Path("locked").mkdir(mode=0o500)
+    assert "locked" in refused(capfd, "train.py", *SMALL, "--out_dir=locked/run")
+
+
+def test_a_folder_has_one_owner_and_a_crashed_one_does_not_block_it(small_run):
+    code = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); import train; "
+            "lock = train.lock_folder(pathlib.Path('run')); print('mine', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code, str(HERE)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"mine\n"
+        for config in (small_run, replace(small_run, resume=True)):
+            with pytest.raises(UserError, match="in use .* --out_dir"):
+                run(config)
+        assert [p.name for p in Path("run").iterdir()] == ["lock"]
+        owner.kill()
+    run(small_run)
+    with pytest.raises(UserError, match="--seed") as kept:  # its frames live on, as in a notebook
+        run(replace(small_run, resume=True, seed=9))
+    assert len(run(replace(small_run, resume=True, max_steps=13))) == 13 and kept
+
+
+@pytest.mark.parametrize("stage, number", [
+    ("data", signal.SIGINT), ("data", signal.SIGTERM), ("training", signal.SIGINT),
+    ("evaluation", signal.SIGTERM)])
+def test_a_signal_ends_a_script_in_one_line(small_run, folder, stage, number):
+    """And what it leaves behind is whole: nothing, or a checkpoint."""
+    if stage == "data":
+        Path("big.txt").write_text("one line of a large text\n" * 4_000_000)
+        flags, sign = ["prepare_data.py", "big.txt"], Path("data/big/train.bin.part")
+    else:
+        flags, sign = ["train.py", *SMALL, "--max_steps=100000", "--out_dir=r"], Path("r/log.jsonl")
+        if stage == "evaluation":
+            flags += ["--eval_every=1", "--eval_tokens=4000"]
+    process = subprocess.Popen([sys.executable, str(HERE / flags[0]), *flags[1:]],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (sign.exists() and sign.stat().st_size > 500):
+        assert process.poll() is None
+    process.send_signal(number)
+    error = process.communicate()[1].decode().splitlines()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in "".join(error)
+    assert ("again" if stage == "data" else "--resume") in error[-1]
+    assert not list(folder.rglob("*.part")) and not Path("data/big/train.bin").exists()
+    if stage != "data":
+        ckpt = torch.load("r/ckpt.pt", weights_only=True)
+        assert ckpt["step"] == len(Path("r/log.jsonl").read_text().splitlines())
+
+
+def test_a_second_signal_leaves_at_once(small_run):
+    code = """if True:
+        import sys, time
+        sys.path.insert(0, sys.argv[1])
+        import train
+        with train.caught_signals() as signals:
+            print("ready", flush=True)
+            while not signals:
+                time.sleep(0.01)
+            print("first", flush=True)
+            while True:
+                time.sleep(0.01)"""
+    with subprocess.Popen([sys.executable, "-c", code, str(HERE)],
+                          stdout=subprocess.PIPE) as process:
+        for word in (b"ready\n", b"first\n"):
+            assert process.stdout.readline() == word
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+
+
+@pytest.mark.parametrize("answer, message", [
+    ("silent", "timed out"), ("endless", "how long"), ("error", "404"), ("cut", "early"),
+    ("nonsense", "run this again")])
+def test_downloads_that_fail_say_so(folder, server, monkeypatch, answer, message):
+    def do_GET(self):
+        if answer == "silent":
+            time.sleep(1)
+        elif answer == "error":
+            self.send_error(404)
+        elif answer == "nonsense":
+            self.wfile.write(b"SSH-2.0-server\r\n")
+        else:
+            self.send_response(200)
+            if answer == "cut":
+                self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * 50)
+
+    monkeypatch.setattr(server, "do_GET", do_GET)
+    urlopen = prepare_data.urllib.request.urlopen
+    monkeypatch.setattr(prepare_data.urllib.request, "urlopen",
+                        lambda request, timeout: urlopen(request, timeout=timeout / 100))
+    with pytest.raises(UserError, match=message):
+        prepare(DataConfig("shakespeare"))
+    assert not Path("data/shakespeare/input.txt").exists()
+
+
+def test_a_download_is_followed_elsewhere(folder, server, monkeypatch):
+    text, do_GET = b"text behind a redirection\n" * 100, server.do_GET
+    server.files["moved.txt"] = text
+
+    def redirected(self):
+        if self.path == "/moved.txt":
+            return do_GET(self)
+        self.send_response(302)
+        self.send_header("Location", "/moved.txt")
+        self.end_headers()
+
+    monkeypatch.setattr(server, "do_GET", redirected)
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    assert prepare(DataConfig("shakespeare")) == Path("data/shakespeare")
+
+
+# ---- the same, at length: SLOW=1 python -m pytest -k slow ---------------------------------------
+
+
+def train_to_be_killed(config, seed):
+    """In a process of its own, with a disk that is slow at random: most kills hit a write."""
+    rng, fsync, rename = np.random.default_rng(seed), os.fsync, os.replace
+    os.fsync = lambda fd: (time.sleep(rng.uniform(0, 0.02)), fsync(fd))
+    os.replace = lambda a, b: (time.sleep(rng.uniform(0, 0.02)), rename(a, b))
+    torch.set_num_threads(1)
+    train.train(config, show=False)
+
+
+@slow
+def test_slow_killed_anywhere_it_goes_on_to_the_same_bits(small_run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))  # the fork server imports this file once, for all
+    config = replace(small_run, max_steps=100, eval_every=1, attention="svformer+gqa")
+    run(config)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_model"])
+    config, kills, cut = replace(config, out_dir="killed", resume=True), 0, 0
+    rng = np.random.default_rng(0)
+    while True:
+        process = context.Process(target=train_to_be_killed, args=(config, kills))
+        part = Path("killed/ckpt.pt.part")
+        part.unlink(missing_ok=True)
+        process.start()
+        while kills % 2 and process.is_alive() and not part.exists():  # wait for a write
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 0.03) if kills % 2 else rng.uniform(0.1, 0.6))
+        if kills == 50:
+            process.join()
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        cut += part.exists()
+    print(f"{kills} kills, {cut} of them in the middle of a checkpoint's write")
+    assert kills >= 40 and cut >= 5
+    assert same_weights("run/ckpt.pt", "killed/ckpt.pt")
+    logs = [[json.loads(line) for line in Path(f"{out}/log.jsonl").read_text().splitlines()]
+            for out in ("run", "killed")]
+    for a, b in zip(*logs, strict=True):
+        assert (a["step"], a["loss"], a["val_loss"]) == (b["step"], b["loss"], b["val_loss"])
+
+
+def torchrun(n, *flags):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             f"--nproc_per_node={n}", str(HERE / "train.py"), *flags],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@slow
+def test_slow_three_processes_then_two_then_one(small_run):
+    config = replace(small_run, max_steps=30, batch_size=6, eval_tokens=64, eval_every=10)
+    expected = run(config)
+    flags = [*SMALL, "--batch_size=6", "--warmup_steps=2", "--eval_every=10", "--out_dir=many"]
+    for n, steps in ((3, 10), (2, 20)):
+        assert torchrun(n, *flags, f"--max_steps={steps}", "--resume").wait() == 0
+    history = run(replace(config, out_dir="many", resume=True))
+    # Each part of the run ended its own cosine, so compare with one that did the same.
+    for steps in (10, 20, 30):
+        parts = run(replace(config, out_dir="parts", resume=True, max_steps=steps))
+    assert len(history) == len(parts) == 30 == len(expected)
+    for a, b in zip(history, parts):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    whole = torchrun(3, *flags[:-1], "--out_dir=whole", "--max_steps=30")
+    assert whole.wait() == 0
+    for line, b in zip(Path("whole/log.jsonl").read_text().splitlines(), expected, strict=True):
+        assert json.loads(line)["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@slow
+def test_slow_a_dead_rank_ends_the_others(small_run):
+    process = torchrun(3, *SMALL, "--batch_size=6", "--max_steps=1000000", "--out_dir=many")
+    while not (Path("many/log.jsonl").exists() and Path("many/ckpt.pt").exists()):
+        assert process.poll() is None
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    ranks = [int(pid) for pid in ranks.stdout.split()]
+    os.kill(ranks[-1], signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    step = torch.load("many/ckpt.pt", weights_only=True)["step"]
+    history = run(TrainConfig(**torch.load("many/ckpt.pt", weights_only=True)["config"]
+                              | dict(resume=True, max_steps=step + 1)))
+    assert [record["step"] for record in history] == list(range(1, step + 2))
+
+
+def memory():
+    """Megabytes that this process holds, and its open files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))
+
+
+@slow
+def test_slow_a_hundred_runs_in_one_process_take_no_more_than_twenty(small_bench):
+    seeds = list(map(str, range(1, 51)))
+    flags = ("--variants", "vanilla", "svformer", "--parts", "loss", "--max_steps", "2", "--seeds")
+    small_bench(*flags, *seeds[:10])
+    megabytes, files = memory()
+    small_bench(*flags, *seeds)
+    after, files_after = memory()
+    assert len(bench_records("loss")) == 100
+    print(f"20 runs: {megabytes:.0f} MB, {files} files; 100 runs: {after:.0f} MB, {files_after}")
+    assert after < megabytes + 30 and files_after <= files
+
+
+@slow
+def test_slow_a_long_text_takes_no_more_memory(capsys):
+    model, before = tiny_model("svformer", torch.float32, block_size=256, n_layer=2), None
+    for i, token in enumerate(model.generate(tokens(1, 8), 20_000, seed=1)):
+        if i == 1000:
+            before = memory()[0]
+    assert i == 19_999 and memory()[0] < before + 10

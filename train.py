@@ -92,7 +92,11 @@ def check(config: TrainConfig):
             value = getattr(config, name)
             if value is not None and not low <= value < math.inf:
                 raise UserError(f"--{name} must be at least {low}, not {value}")
-    model_config(config, vocab_size=257)  # a shape that can't be is refused before any work
+    if config.seed >= 2**62:
+        raise UserError(f"--seed must be less than 2^62, not {config.seed}")
+    c = model_config(config, vocab_size=257)  # a shape that can't be is refused before any work
+    if c.n_layer * c.n_embd * (2 * c.n_embd + 3 * c.n_ffn) > 1e11:
+        raise UserError("--n_layer, --n_embd, --n_ffn: more than 1e11 numbers are no one GPU's")
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -187,6 +191,44 @@ def evaluate(model, data, config: TrainConfig, device) -> float:
     return loss
 
 
+def lock_folder(folder: Path):
+    """Makes folder; returns an open file in it that one process can have, until it closes it or
+    ends by whatever means. UserError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: wait for it, or choose another "
+                        "--out_dir") from None
+    except (ImportError, OSError):
+        pass  # Windows and some network drives have no such locks
+    return lock
+
+
+def restore(out: Path, config: TrainConfig, meta: dict, model, optimizer, device) -> list[dict]:
+    """Brings model and optimizer to where the run in out has come, if there is one, and returns
+    its history up to there. UserError if that run is another one, or broken."""
+    if not (out / "ckpt.pt").exists():
+        return []
+    ckpt = load_checkpoint(out / "ckpt.pt", device)
+    try:
+        for name in FIXED:
+            if getattr(config, name) != ckpt["config"][name]:
+                raise UserError(f"--{name} is {getattr(config, name)}, but the run in {out} has "
+                                f"{ckpt['config'][name]}")
+        if ckpt["data_sha256"] != meta["sha256"]:
+            raise UserError(f"--dataset {config.dataset} is not what the run in {out} has read")
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        lines = (out / "log.jsonl").read_text().splitlines()
+        return [json.loads(lines[i]) for i in range(ckpt["step"])]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the run in {out} can't be resumed, its ckpt.pt or log.jsonl is broken: "
+                        f"{error!r:.200}") from None
+
+
 @contextmanager
 def caught_signals():
     """A list that SIGINT and SIGTERM are put into, instead of ending us; a second one does that."""
@@ -233,20 +275,13 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
 
     raw_model, model, optimizer, autocast = build(config, meta["vocab_size"], device)
     parameters = list(raw_model.parameters())
-    first, history = 0, []
-    if (out / "ckpt.pt").exists():
-        ckpt = load_checkpoint(out / "ckpt.pt", device)
-        for name in FIXED:
-            if getattr(config, name) != ckpt["config"][name]:
-                raise UserError(f"--{name} is {getattr(config, name)}, but the run in {out} has "
-                                f"{ckpt['config'][name]}")
-        if ckpt["data_sha256"] != meta["sha256"]:
-            raise UserError(f"--dataset {config.dataset} is not what the run in {out} has read")
-        raw_model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        first = ckpt["step"]
-        lines = (out / "log.jsonl").read_text().splitlines()[:first]  # no step after the checkpoint
-        history = [json.loads(line) for line in lines]
+    lock = lock_folder(out) if RANK == 0 else open(os.devnull)
+    try:
+        history = restore(out, config, meta, raw_model, optimizer, device)
+    except UserError:
+        lock.close()
+        raise
+    first = len(history)
 
     def save(step):
         with replace_file(out / "ckpt.pt") as f:
@@ -264,14 +299,14 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
               f"{math.prod(batch_shape) * config.block_size:,} tokens a step, run in {out}")
 
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         with replace_file(out / "log.jsonl") as f:
             f.writelines(json.dumps(record).encode() + b"\n" for record in history)
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
+    again = "the same command" if bar else f"python train.py --resume --out_dir {out}"
     bar = nullcontext(bar) if bar else tqdm(
         total=config.max_steps, initial=first, unit="step",
         disable=None if show and RANK == 0 else True)  # None: only on a terminal
-    with log, bar as bar, caught_signals() as signals:
+    with lock, log, bar as bar, caught_signals() as signals:
         for step in range(first, config.max_steps):
             start = time.perf_counter()
             rng = np.random.default_rng((config.seed, step))
@@ -319,7 +354,6 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
                 save(step + 1)
             if stop:
                 if RANK == 0:
-                    again = f"python train.py --resume --out_dir {out}" if show else "start again"
                     print(f"\nstopped after step {step + 1}, saved; to go on: {again}",
                           file=sys.stderr)
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
@@ -350,8 +384,12 @@ if __name__ == "__main__":
         config, given = parse_flags(TrainConfig, __doc__)
         ckpt = run_folder(config) / "ckpt.pt"
         if config.resume and ckpt.exists():  # the flags that the run began with, then today's
-            saved = TrainConfig(**load_checkpoint(ckpt)["config"])
-            config = replace(saved, **{name: getattr(config, name) for name in given})
+            try:
+                saved = TrainConfig(**load_checkpoint(ckpt)["config"])
+                config = replace(saved, **{name: getattr(config, name) for name in given})
+                check(config)
+            except TypeError as error:
+                raise UserError(f"{ckpt}: its config is broken: {error}") from None
         evaluated = [record for record in train(config) if "val_loss" in record]
         if RANK == 0 and evaluated:
             report(run_folder(config), evaluated[-1], pick_device(config.device))
