@@ -605,6 +605,10 @@ def test_training_learns(small_run, attention):
     assert history[-1]["val_loss"] < history[0]["loss"] - 0.5
     assert history[-1]["bits_per_byte"] == pytest.approx(history[-1]["val_loss"] / math.log(2))
     assert history == [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    rounded = run(replace(small_run, attention=attention, max_steps=30, lr=1e-2, dtype="bfloat16",
+                          out_dir="bf16"))
+    assert rounded[-1]["val_loss"] == pytest.approx(history[-1]["val_loss"], rel=0.01)
+    assert rounded[-1]["val_loss"] != history[-1]["val_loss"]
 
 
 def test_learning_rate_rises_then_follows_a_cosine():
@@ -690,6 +694,21 @@ def test_every_variant_reads_the_same_batches(small_run, monkeypatch):
     assert all(map(np.array_equal, seen["vanilla"], seen["svformer"]))
     train_batches = {tuple(b) for b in seen["vanilla"] if len(b) == 6}
     assert len(train_batches) >= 12
+
+
+def test_every_model_of_a_process_is_compiled(monkeypatch):
+    compiled, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: torch_compile(model, backend=backend))
+    for i in range(10):
+        config = TrainConfig(compile="on", size="2M", n_layer=1, attention=VARIANTS[i % 7])
+        _, model, _, _ = train.build(config, 257, torch.device("cpu"))
+        model(tokens(), tokens())
+        assert len(compiled) == i + 1
 
 
 def test_gradient_accumulation_is_a_larger_batch(small_run):

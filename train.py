@@ -151,7 +151,8 @@ def build(config: TrainConfig, vocab_size: int, device: torch.device) -> tuple:
         [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
          {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    compiled = config.compile == "on" or (config.compile == "auto" and cuda)
+    if compiled := config.compile == "on" or (config.compile == "auto" and cuda):
+        torch.compiler.reset()  # after 8 models in one process it would compile no more
     bf16 = precision(config, device) == torch.bfloat16
     return (raw_model, torch.compile(raw_model) if compiled else raw_model, optimizer,
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
