@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import sys
 import time
 import zlib
@@ -86,10 +87,10 @@ class Results(dict):
     """results.jsonl as {name: record}. A name holds all that a measurement depends on."""
 
     def __init__(self, folder: Path, device: torch.device, data_sha256: str):
-        chip = platform.processor() or platform.machine()
-        machine = f"{chip}, {torch.get_num_threads()} threads"
-        if device.type == "cuda":
-            machine = torch.cuda.get_device_name(device)
+        info = Path("/proc/cpuinfo")
+        cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+        machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                   f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads")
         self.path, self.about = folder / "results.jsonl", dict(
             date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
             python=platform.python_version(), data_sha256=data_sha256)
@@ -357,12 +358,13 @@ def print_losses(config: BenchConfig, tables: dict):
         for variant, records in table.items():
             gaps = [by_seed(records, m) - by_seed(table[first], m) for m in MEASURES]
             means = [by_seed(records, m).mean() for m in MEASURES]
-            saved = np.mean([tokens_saved(*pair) for pair in zip(records, table[first])])
+            saved = np.mean([tokens_saved(a, b) for a, b in zip(records, table[first])])
             losses.append([variant, f"{records[0]['params']:,}", f"{means[0]:.4f}"] + (
                 ["", ""] if variant == first else
-                [spread(gaps[0]), "not reached" if math.isnan(saved) else f"{saved:.0%}"]))
+                [spread(gaps[0]), "not by all" if math.isnan(saved) else f"{saved:.0%}"]))
             attention.append([variant] + [
-                f"{mean:.2f}" + f" {spread(gap, 3)}".replace(" ± ", "±") * (variant != first)
+                f"{mean:.{3 - (mean >= 1)}f}"
+                + f" {spread(gap, 3)}".replace(" ± ", "±") * (variant != first)
                 for mean, gap in zip(means[1:], gaps[1:])])
         where = (f"block_size {block_size}, lr {lr:g}, {len(records)} seeds"
                  + ", --quick: noisy" * config.quick)

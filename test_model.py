@@ -998,6 +998,7 @@ def test_tokens_saved_and_verdicts():
                                   other)
     assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
     assert saved(3.0, 2.1, 2.4, 2.0) == pytest.approx(0)
+    assert saved(3.0, 1.9, 2.6, 2.5) == pytest.approx(1 - (50 + 50 / 1.1) / 200)  # once is enough
     assert math.isnan(saved(3.0, 2.5, 2.2, 2.1))
 
     verdict = bench.verdict
