@@ -4,6 +4,7 @@ speed and attention concentration side by side.
     python bench.py                      nine systems x three seeds, 75 minutes on two CPU cores
     python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
     python bench.py --variants vanilla resformer --n_layer 16          any flag of train.py
+    python bench.py --variants vanilla resformer "resformer --value_lambda 2 1"    a variant's own
     python bench.py --variants vanilla svformer --block_size 64 256 --lr 1e-3 4e-3     a sweep
 
 The first variant is what the others are compared with, seed by seed: a pair has the same data in
@@ -43,7 +44,8 @@ PARTS = ("loss", "cache", "speed")
 class BenchConfig(TrainConfig):
     variants: tuple = flag(("vanilla", "resformer", "svformer", "neutreno", "denseformer", "gqa",
                             "cla", "svformer+gqa", "cla+gqa"), "what to compare, the first with "
-                           "all others; names as in train.py", nargs="+", type=str)
+                           "all others; names as in train.py, or in quotes a name and flags of its "
+                           "own", nargs="+", type=str)
     seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", type=int)
     block_size: tuple = flag((128,), "context in tokens, or several; --batch_size is the first "
                              "one's, the others get as many tokens a step", nargs="+", type=int)
@@ -61,8 +63,9 @@ class BenchConfig(TrainConfig):
     resume: bool = True
 
 
-def list_runs(config: BenchConfig) -> list[TrainConfig]:
-    """All runs, the first seed's first; raises UserError before any work."""
+def list_runs(config: BenchConfig) -> list[tuple]:
+    """All runs, the first seed's first, as (block_size, lr, variant, the run's TrainConfig); raises
+    UserError before any work."""
     for name in ("variants", "seeds", "block_size", "lr", "contexts"):
         if len(set(values := getattr(config, name))) < len(values):
             raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
@@ -73,13 +76,15 @@ def list_runs(config: BenchConfig) -> list[TrainConfig]:
             config.seeds, config.block_size, config.lr, config.variants):
         batch_size = max(1, config.batch_size * config.block_size[0] // max(1, block_size))
         n_kv_head = config.n_kv_head if "gqa" in variant else None
-        runs.append(TrainConfig(**shared | dict(
-            seed=seed, block_size=block_size, lr=lr, attention=variant, batch_size=batch_size,
-            n_kv_head=n_kv_head)))
         try:
-            check(runs[-1])
+            own, names = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
+            run = TrainConfig(**shared | dict(
+                seed=seed, block_size=block_size, lr=lr, batch_size=batch_size, n_kv_head=n_kv_head)
+                | {name: getattr(own, name) for name in names})
+            check(run)
         except UserError as error:
             raise UserError(str(error).replace("--attention", "--variants")) from None
+        runs.append((block_size, lr, variant, run))
     return runs
 
 
@@ -174,7 +179,7 @@ def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict
     history = train(run, show=False, bar=bar)
     seconds = time.perf_counter() - start
     ckpt = load_checkpoint(Path(run.out_dir, "ckpt.pt"), device)
-    model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
+    model = GPT(GPTConfig(**ckpt["model_config"])).to(device).requires_grad_(False)
     model.load_state_dict(ckpt["model"])
     # One window at a time: (nh, T, T) numbers are enough at T = 2,048.
     starts = np.linspace(0, len(val_data) - run.block_size - 1, 64).astype(np.int64)
@@ -186,23 +191,24 @@ def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict
                 tokens=len(history) * run.batch_size * run.grad_accum * run.block_size,
                 bits_per_byte=history[-1]["bits_per_byte"], val_curve=curve,
                 train_curve=[round(record["loss"], 4) for record in history],
+                value_lambdas=[[n, *map(float, pair)] for n, pair in model.value_lambdas().items()],
                 concentration={name: np.mean([e[name] for e in each], axis=0).tolist()
                                for name in each[0]})
 
 
-def measure_losses(runs: list[TrainConfig], results: Results, val_data, device) -> dict:
+def measure_losses(runs: list, results: Results, val_data, device) -> dict:
     """{(block_size, lr): {variant: [a record for each seed]}}"""
     tables = {}
-    left = sum(run.max_steps for run in runs if results.name("loss", run) not in results)
+    left = sum(run.max_steps for *_, run in runs if results.name("loss", run) not in results)
     with tqdm(total=left, unit="step", disable=None) as bar:
-        for i, run in enumerate(runs, 1):
-            bar.set_description_str(f"run {i} of {len(runs)}: {run.attention}, seed {run.seed}, "
-                                    f"block_size {run.block_size}, lr {run.lr:g}")
+        for i, (block_size, lr, variant, run) in enumerate(runs, 1):
+            bar.set_description_str(f"run {i} of {len(runs)}: {variant}, seed {run.seed}, "
+                                    f"block_size {block_size}, lr {lr:g}")
             folder = str(results.path.parent / results.name("loss", run))
             record = results.once(lambda: trained(replace(run, out_dir=folder), val_data, device,
                                                   bar), "loss", run)
-            table = tables.setdefault((run.block_size, run.lr), {})
-            table.setdefault(run.attention, []).append(record)
+            table = tables.setdefault((block_size, lr), {})
+            table.setdefault(variant, []).append(record)
     return tables
 
 
@@ -258,7 +264,7 @@ def in_turns(a, b, device: torch.device, rounds: int) -> tuple[float, float]:
 
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
     """{what is timed: (a function that does it, how many tokens that is)}"""
-    model, compiled, optimizer, autocast = build(run, vocab_size, device)
+    model, compiled, optimizers, autocast = build(run, vocab_size, device)
     batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
 
     def train_steps():
@@ -266,8 +272,9 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             with autocast:
                 _, loss = compiled(*batch)
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
     tasks, dtype = {"training": (train_steps, 4 * batch[0].numel())}, precision(run, device)
     decoder = GPT(model.config).to(device, dtype)
@@ -284,11 +291,11 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
     return tasks
 
 
-def measure_speeds(runs: list[TrainConfig], config: BenchConfig, vocab_size: int, device) -> dict:
+def measure_speeds(runs: list, config: BenchConfig, vocab_size: int, device) -> dict:
     """{variant: {task: [its tokens a second, their ratio to the first variant's]}}"""
-    first, found = speed_tasks(runs[0], config, vocab_size, device), {}
-    for run in tqdm(runs, desc="speed", unit="variant", disable=None):
-        found[run.attention] = row = {}
+    first, found = speed_tasks(runs[0][-1], config, vocab_size, device), {}
+    for *_, variant, run in tqdm(runs, desc="speed", unit="variant", disable=None):
+        found[variant] = row = {}
         for task, (function, tokens) in speed_tasks(run, config, vocab_size, device).items():
             seconds, ratio = in_turns(first[task][0], function, device, config.rounds)
             row[task] = [tokens / seconds, ratio]
@@ -346,9 +353,11 @@ def tokens_saved(record: dict, other: dict) -> float:
 def print_table(title: str, header: list, rows: list):
     print(f"\n{title}\n")
     widths = [max(len(str(cell)) for cell in column) for column in zip(header, *rows)]
+    widths[0] = min(widths[0], max(12, 120 - 4 - sum(width + 3 for width in widths[1:])))
     for row in (header, ["-" * width for width in widths], *rows):
         first, *others = (str(cell).rjust(width) for cell, width in zip(row, widths))
-        print("|", " | ".join([first.strip().ljust(widths[0]), *others]), "|")
+        # Of a variant too long for 120 columns the end is shown: its flags tell it apart.
+        print("|", " | ".join([first.strip()[-widths[0]:].ljust(widths[0]), *others]), "|")
 
 
 def print_losses(config: BenchConfig, tables: dict):
@@ -378,6 +387,12 @@ def print_losses(config: BenchConfig, tables: dict):
                 gaps = by_seed(table[a], measure) - by_seed(table[b], measure)
                 print(f"{claim}. {a}'s {measure} is {'above' if sign > 0 else 'below'} {b}'s: "
                       f"{spread(gaps)}, {verdict(gaps, sign)}")
+        for variant, records in table.items():
+            if records[0]["flags"]["value_residual"] != "fixed" and records[0]["value_lambdas"]:
+                pairs = np.mean([record["value_lambdas"] for record in records], axis=0)
+                print_table(f"{variant} came to these weights of V_1 and V_n",
+                            ["layer", "V_1", "V_n"],
+                            [[f"{n:.0f}", f"{l1:.3f}", f"{l2:.3f}"] for n, l1, l2 in pairs])
     for variant in others if len(tables) > 1 else ():
         gaps = {key: spread(by_seed(table[variant], "loss") - by_seed(table[first], "loss"))
                 for key, table in tables.items()}
@@ -424,7 +439,7 @@ def main():
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
     runs, device = list_runs(config), pick_device(config.device)
-    _, val_data, meta = load_data(runs[0])
+    _, val_data, meta = load_data(runs[0][-1])
     results = Results(Path(config.out_dir), device, meta["sha256"])
     one_each = runs[:len(config.variants)]  # of the first seed, block_size and lr
     if "loss" in config.parts:
@@ -433,8 +448,9 @@ def main():
         draw(config.variants, next(iter(tables.values())), results.path.parent)
     settings = dict(variants=config.variants)
     if "cache" in config.parts:
-        caches = results.once(lambda: {run.attention: measure_cache(run, meta["vocab_size"], device)
-                                       for run in one_each}, "cache", runs[0], **settings)
+        caches = results.once(lambda: {variant: measure_cache(run, meta["vocab_size"], device)
+                                       for *_, variant, run in one_each}, "cache", runs[0][-1],
+                              **settings)
         first = caches[config.variants[0]]["a token"][1]
         print_table("KV cache by the formula / of the tensors: bytes a token in fp32, then MiB", [
                     "variant", f"of {config.variants[0]}", *caches[config.variants[0]]],
@@ -444,7 +460,7 @@ def main():
     if "speed" in config.parts:
         settings |= dict(contexts=config.contexts, batch=config.decode_batch, rounds=config.rounds)
         speeds = results.once(lambda: measure_speeds(one_each, config, meta["vocab_size"], device),
-                              "speed", runs[0], **settings)
+                              "speed", runs[0][-1], **settings)
         print_table(f"Speed over {config.variants[0]}'s (tokens/s; decoding: {config.decode_batch} "
                     "sequences)", ["variant", *speeds[config.variants[0]]],
                     [[variant] + [f"{ratio:.2f} ({rate:,.0f})"

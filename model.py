@@ -4,7 +4,7 @@
 What is special about this model:
 - The block is Llama's: RMSNorm before each half, rotary positions, SwiGLU, no biases, no dropout,
   untied embeddings. Parameters carry the names of Hugging Face's Llama.
-- One class, `Attention`, is all the systems. Layers talk through a small dict, the keys and values
+- One class, `Attention`, is all the systems. Layers talk through a dict with the keys and values
   used last: a layer that computes its own replaces them, a layer that shares leaves them there.
 - The KV cache allocates what the variant needs and nothing else: the savings are real bytes.
 
@@ -31,7 +31,6 @@ def require(condition: bool, message: str):
 @dataclass
 class GPTConfig:
     """The shape of a model. Raises ValueError, naming the field, if it can't be built."""
-
     vocab_size: int = 257
     block_size: int = 128  # the longest context, in tokens
     n_layer: int = 8
@@ -40,7 +39,9 @@ class GPTConfig:
     n_embd: int = 64
     n_ffn: int | None = None  # hidden width of the SwiGLU; None: 3.5 x n_embd
     attention: str = "resformer"  # one of VARIANTS, or several joined with "+"
+    value_residual: str = "fixed"  # resformer: fixed, learnable or plus, see GPT.value_lambdas
     value_lambda: tuple[float, float] = (0.5, 0.5)  # resformer: the weights of V_1 and V_n
+    residual_layers: tuple[int, ...] | None = None  # resformer: some of 2 .. n_layer; None: all
     neutreno_lambda: float = 0.4  # neutreno: the strength of V_1 - V_n
 
     def __post_init__(self):
@@ -60,30 +61,30 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or max(1, self.n_head // (2 if "gqa" in names else 1))
         require(self.n_embd % (2 * self.n_head) == 0,
                 f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) x an even head size")
-        require(self.n_head % self.n_kv_head == 0,
-                f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
-        require(self.n_head == self.n_kv_head or "gqa" in names,
-                f"n_kv_head ({self.n_kv_head}) differs from n_head ({self.n_head}): that is gqa")
-        self.value_lambda = tuple(self.value_lambda)
+        require(self.n_head == self.n_kv_head or "gqa" in names and not self.n_head % self.n_kv_head,
+                f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head}); it is for gqa")
+        require(self.value_residual in ("fixed", "learnable", "plus"),
+                f"value_residual must be fixed, learnable or plus, not {self.value_residual!r}")
+        self.value_lambda = tuple(map(float, self.value_lambda))
         require(len(self.value_lambda) == 2 and all(map(math.isfinite, self.value_lambda)),
                 f"value_lambda must be two finite numbers, not {self.value_lambda}")
         require(math.isfinite(self.neutreno_lambda), "neutreno_lambda must be a finite number")
         self.variants = set(names)
         self.head_dim = self.n_embd // self.n_head
+        for n in self.residual_layers or ():
+            require(1 < n <= self.n_layer and Attention.owned(self, n - 1)[1],
+                    f"residual_layers: layer {n} has no values of its own to mix with the first's")
 
 
 def rotary_table(start: int, T: int, head_dim: int, like: torch.Tensor):
-    """cos and sin, each (T, hs), of the rotary embedding at positions start .. start + T - 1.
-
-    Half-split layout of Llama and GPT-NeoX: number j turns with number j + hs/2, by the angle
-    position x 10000^(-2j/hs). The first half of sin is negated, ready for `rotate`.
-    """
+    """cos and sin, each (T, hs), of the rotary embedding at positions start .. start + T - 1: as in
+    Llama, number j turns with j + hs/2 by position x 10000^(-2j/hs). `rotate` wants -sin first."""
     # In float32 at least: bfloat16 cannot tell position 257 from 256.
     exact = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    frequency = 10000.0 ** (torch.arange(0, head_dim, 2, **exact) / -head_dim)
-    angle = torch.outer(torch.arange(start, start + T, **exact), frequency)  # (T, hs/2)
-    cos, sin = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    frequency = 10000.0 ** (torch.arange(0, head_dim, 2, **exact) / -head_dim)  # (hs / 2,)
+    position = torch.arange(start, start + T, **exact)  # (T,)
+    angle = torch.outer(position, torch.cat((-frequency, frequency)))  # (T, hs)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -123,8 +124,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         rope: cos and sin, (T, hs). mask: (T, S), or None for plain causal masking. kv: the layer
-        below's keys "k" and values "v", (B, nkv, S, hs), and the first layer's values "v1" of the
-        T tokens at hand. cache: a KVCache to append to.
+        below's keys "k" and values "v", (B, nkv, S, hs), the first layer's values "v1" of the T
+        tokens at hand, and GPT.value_lambdas(). cache: a KVCache to append to.
         """
         c, (B, T, C) = self.config, x.shape
 
@@ -139,11 +140,10 @@ class Attention(nn.Module):
             v = heads(self.v_proj(x))
             if self.layer == 0:
                 kv["v1"] = v
-            elif "resformer" in c.variants:  # arXiv 2410.17897: U_n = A_n (l1 V_1 + l2 V_n)
-                l1, l2 = c.value_lambda
+            elif self.layer + 1 in kv["lambdas"]:  # arXiv 2410.17897: U_n = A_n (l1 V_1 + l2 V_n)
+                l1, l2 = kv["lambdas"][self.layer + 1]
                 v = l1 * kv["v1"] + l2 * v  # cached as this sum, so decoding costs nothing more
             kv["v"] = v if cache is None else cache.append(cache.v[self.layer], v)
-
         # GQA, arXiv 2305.13245: query head i reads key/value head i // groups.
         groups = c.n_head // c.n_kv_head
         u = F.scaled_dot_product_attention(
@@ -155,30 +155,23 @@ class Attention(nn.Module):
         return self.o_proj(u.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ffn, bias=False)
-        self.down_proj = nn.Linear(config.n_ffn, config.n_embd, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
+    """Attention, then the SwiGLU down(silu(gate(x)) * up(x)), each added to x, (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        C, hidden = config.n_embd, config.n_ffn
+        self.input_layernorm = nn.RMSNorm(C, eps=1e-5)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = nn.RMSNorm(C, eps=1e-5)
+        self.mlp = nn.ModuleDict(dict(gate_proj=nn.Linear(C, hidden, bias=False),
+                                      up_proj=nn.Linear(C, hidden, bias=False),
+                                      down_proj=nn.Linear(hidden, C, bias=False)))
 
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y, mlp = self.post_attention_layernorm(x), self.mlp
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
 class KVCache:
@@ -216,19 +209,36 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if "denseformer" in config.variants:  # after block n: the embedding and n outputs
+        if "denseformer" in config.variants:  # for the embedding and n outputs: 0 ... 0 1 at first
             self.depth_weights = nn.ParameterList(
                 torch.eye(layer + 2)[-1].clone() for layer in range(config.n_layer))
+        every = range(2, config.n_layer + 1) if "resformer" in config.variants else ()
+        self.mixing = [n for n in every if Attention.owned(config, n - 1)[1]
+                       and n in (config.residual_layers or every)]
+        if self.mixing and config.value_residual != "fixed":
+            l1, l2 = (torch.full((len(self.mixing),), start) for start in config.value_lambda)
+            self.value_l1, self.value_l2 = nn.Parameter(l1), nn.Parameter(l2)
+            if config.value_residual == "plus":
+                self.value_total = nn.Parameter(torch.full((1,), float(len(self.mixing))))
         self.init_weights(seed)
+
+    def value_lambdas(self) -> dict:
+        """ResFormer's {n: (l1, l2)}, the weights of V_1 and V_n in each layer n that mixes them.
+
+        fixed: value_lambda. learnable: scalars that start there. plus, from later versions of the
+        paper: a softmax over value_l1 shares out value_total, at first 1 a layer, as l1.
+        """
+        if self.config.value_residual == "fixed" or not self.mixing:
+            return dict.fromkeys(self.mixing, self.config.value_lambda)
+        plus = self.config.value_residual == "plus"
+        l1 = self.value_total * self.value_l1.softmax(dim=0) if plus else self.value_l1
+        return dict(zip(self.mixing, zip(l1, self.value_l2)))
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Norms start at 1, depth_weights at the identity 0 ... 0 1, o_proj and down_proj from
-        N(0, 0.02 / sqrt(2L)) as in GPT-2, all other matrices from N(0, 0.02).
-
-        Each matrix draws from a stream named after it, so that two variants built from one seed
-        start from the same weights wherever both have them: pairs compare with less noise.
-        """
+        """o_proj and down_proj start from N(0, 0.02 / sqrt(2L)) as in GPT-2, all other matrices
+        from N(0, 0.02). Each draws from a stream named after it, so that two variants of one seed
+        start from the same weights where both have them: pairs compare with less noise."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 stream = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -246,7 +256,7 @@ class GPT(nn.Module):
         mask = None
         if past > 0 and T > 1:  # token t of a later chunk sees the tokens 0 .. past + t
             mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
-        kv, outputs = {}, [x]
+        kv, outputs = {"lambdas": self.value_lambdas()}, [x]
         for layer, block in enumerate(self.layers):
             x = block(x, rope, mask, kv, cache)
             if "denseformer" in self.config.variants:  # arXiv 2402.02622: sum over i of a_{n,i} X_i
@@ -260,24 +270,22 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> logits (B, T, V) and, with targets (B, T), the mean cross-entropy in
         nats a token, else None. ValueError if there are more tokens than block_size or max_len."""
         logits = self.lm_head(self.hidden_states(idx, cache))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, (None if targets is None else
+                        F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """nn.Module's, which also takes the names with Hugging Face's prefix, `model.`."""
-        state_dict = {name.removeprefix("model."): p for name, p in state_dict.items()}
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        named = {name.removeprefix("model."): p for name, p in state_dict.items()}
+        return super().load_state_dict(named, *args, **kwargs)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, cache=True):
-        """Continues idx (B, T), yielding the next tokens (B,) int64 as soon as they are drawn;
-        `torch.stack(list(model.generate(idx, 100)), dim=1)` has them all, (B, 100).
+        """Continues idx (B, T), yielding the next tokens (B,) int64 as soon as they are drawn.
 
         temperature 0 takes the likeliest token; top_k draws from the k likeliest; a seed fixes the
         text. When the window of block_size tokens is full it slides: its last half is read again,
-        from position 0, and so is a longer prompt's. cache=False reads the whole window for every
-        token: the same text, slowly. A KVCache can be given too. ValueError for a bad argument.
+        from position 0, and so is a longer prompt's. cache: False reads the whole window for each
+        token, the same text slowly; or a KVCache to use. ValueError for a bad argument.
         """
         require(idx.dim() == 2 and idx.size(1) > 0, f"idx {tuple(idx.shape)} must be (B, T), T > 0")
         require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
@@ -286,8 +294,7 @@ class GPT(nn.Module):
         if cache is True:
             longest = min(full, idx.size(1) + max_new_tokens)
             cache = KVCache(self.config, idx.size(0), longest, idx.device, self.norm.weight.dtype)
-        generator = torch.Generator(idx.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         window, read = idx, 0  # read: how many tokens of the window are in the cache
         for _ in range(max_new_tokens):
             if window.size(1) > full:
@@ -307,23 +314,17 @@ class GPT(nn.Module):
             window = torch.cat((window, token), dim=1)
             yield token[:, 0]
 
-    def num_params(self, embeddings: bool = True) -> int:
-        """Numbers to learn; embeddings=False leaves out the 2 V C of embed_tokens and lm_head."""
-        total = sum(p.numel() for p in self.parameters())
-        return total if embeddings else total - 2 * self.embed_tokens.weight.numel()
+    def num_params(self) -> int:
+        """Numbers to learn, the 2 V C of embed_tokens and lm_head among them."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on a token: 6 N + 12 L T C (PaLM, arXiv 2204.02311).
-
-        N: the numbers in matrix products, each multiplied and added once forward, twice backward.
-        The rest is QK^T and AV over T = block_size tokens, not halved for the causal mask.
-        """
+        """Floating-point operations to train on a token, 6 N + 12 L T C (PaLM, arXiv 2204.02311):
+        N numbers in matrix products; QK^T and AV over T = block_size tokens, causal or not."""
         c, look_up = self.config, self.embed_tokens.weight.numel()
         N = sum(p.numel() for p in self.parameters() if p.dim() > 1) - look_up
         return 6 * N + 12 * c.n_layer * c.block_size * c.n_embd
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of KV cache a token: (layers with keys of their own + layers with values of their
-        own: 2L for vanilla, L + 1 for SVFormer) x n_kv_head x hs x bytes a number."""
-        owned = sum(sum(Attention.owned(self.config, i)) for i in range(self.config.n_layer))
-        return owned * self.config.n_kv_head * self.config.head_dim * dtype.itemsize
+        """Bytes of KV cache a token, n_kv_head x hs numbers for each K and V that a layer owns."""
+        return KVCache(self.config, 1, 1, "meta", dtype).nbytes  # meta: tensors without storage

@@ -137,7 +137,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         raise UserError(f"{path} doesn't exist: train first, or give the run's --out_dir") from None
     except Exception as error:  # torch.load raises many kinds for broken and foreign files
         raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
-    keys = {"model", "model_config", "tokenizer", "optimizer", "step", "config", "data_sha256"}
+    keys = {"model", "model_config", "tokenizer", "optimizers", "step", "config", "data_sha256"}
     if not isinstance(ckpt, dict) or set(ckpt) != keys:
         raise UserError(f"{path} is not a checkpoint of train.py")
     return ckpt

@@ -42,13 +42,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too
 COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+gqa", "resformer+neutreno",
                 "resformer+denseformer", "resformer+cla", "neutreno+gqa", "svformer+denseformer",
                 "resformer+neutreno+denseformer+cla+gqa"]
-EVERY = [*VARIANTS, *COMBINATIONS]
+ABLATIONS = {
+    "resformer on 3 and 5": dict(attention="resformer", residual_layers=(5, 3)),
+    "learnable": dict(attention="resformer+neutreno", value_residual="learnable"),
+    "learnable on 2 and 4": dict(attention="resformer+denseformer", value_residual="learnable",
+                                 residual_layers=(2, 4)),
+    "plus": dict(attention="resformer+gqa", value_residual="plus"),
+    "plus on 3": dict(attention="resformer+cla", value_residual="plus", residual_layers=(3,)),
+    "plus with cla": dict(attention="resformer+cla", value_residual="plus"),
+}
+EVERY = [*VARIANTS, *COMBINATIONS, *ABLATIONS]
 
 
 def tiny_config(attention, **changes):
     settings = dict(vocab_size=37, block_size=32, n_layer=5, n_head=4, n_embd=32, n_ffn=20,
                     attention=attention, value_lambda=(0.3, 0.9), neutreno_lambda=0.4)
-    return GPTConfig(**(settings | changes))
+    return GPTConfig(**(settings | ABLATIONS.get(attention, {}) | changes))
 
 
 def tiny_model(attention, dtype=torch.float64, **changes):
@@ -83,6 +92,21 @@ def reference_rope(x):  # (T, hs)
     return torch.stack(columns, dim=1)
 
 
+def reference_lambdas(c, P, n):
+    """The weights of V_1 and V_n in layer n, counted from 1; None if it doesn't mix them."""
+    layers = [m for m in range(2, c.n_layer + 1) if not ("cla" in c.attention and m % 2 == 0)]
+    if c.residual_layers is not None:
+        layers = sorted(c.residual_layers)
+    if "resformer" not in c.attention or n not in layers:
+        return None
+    if c.value_residual == "fixed":
+        return c.value_lambda
+    i, l1, l2 = layers.index(n), P["value_l1"], P["value_l2"]
+    if c.value_residual == "learnable":
+        return l1[i], l2[i]
+    return P["value_total"][0] * torch.exp(l1[i]) / torch.exp(l1).sum(), l2[i]
+
+
 def reference_sequence(c, P, idx, watch=None):
     """One sequence (T,) -> logits (T, V), from the parameters P by name. watch, if given, becomes
     a list with each layer's (A_n of each head, V_n of each key/value head, hidden states)."""
@@ -104,8 +128,8 @@ def reference_sequence(c, P, idx, watch=None):
             else:
                 v = x @ W("self_attn.v_proj").T
                 V[n] = [v[:, h * hs:(h + 1) * hs] for h in range(c.n_kv_head)]
-                if "resformer" in names and n > 1:
-                    l1, l2 = c.value_lambda
+                if lambdas := reference_lambdas(c, P, n):
+                    l1, l2 = lambdas
                     V[n] = [l1 * first + l2 * own for first, own in zip(V[1], V[n])]
         q, U, attention = x @ W("self_attn.q_proj").T, [], []
         for h in range(c.n_head):
@@ -210,7 +234,8 @@ def test_svformer_at_24_layers_holds_52_percent():
 
 @pytest.mark.parametrize("attention", EVERY)
 def test_parameters_are_those_that_the_layers_own(attention):
-    names = attention.split("+")
+    config = tiny_config(attention)
+    names = config.attention.split("+")
     expected = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
     for i in range(5):
         shares_both = "cla" in names and i in (1, 3)
@@ -221,7 +246,10 @@ def test_parameters_are_those_that_the_layers_own(attention):
         parts += [] if shares_v else ["self_attn.v_proj"]
         expected |= {f"layers.{i}.{part}.weight" for part in parts}
         expected |= {f"depth_weights.{i}"} if "denseformer" in names else set()
-    state = GPT(tiny_config(attention)).state_dict()
+    if config.value_residual != "fixed":
+        expected |= {"value_l1", "value_l2"}
+        expected |= {"value_total"} if config.value_residual == "plus" else set()
+    state = GPT(config).state_dict()
     assert set(state) == expected
     if "gqa" in names:
         assert state["layers.0.self_attn.k_proj.weight"].shape == (16, 32)
@@ -235,7 +263,6 @@ def test_the_papers_82m():
                        attention="vanilla")
     model = GPT(config)
     assert model.num_params() == 81_928_704
-    assert model.num_params(embeddings=False) == 81_928_704 - 2 * 50304 * 512
     # 6 operations a number in a product, without norms and look-ups; attention: 12 L T C
     N = 8 * (4 * 512 * 512 + 3 * 512 * 1792) + 50304 * 512
     assert model.flops_per_token() == 6 * N + 12 * 8 * 2048 * 512
@@ -259,6 +286,20 @@ def test_first_layers_values_learn_from_the_layers_above(attention, reaches):
     model(tokens(), tokens(seed=2))[1].backward()
     gradient = model.layers[0].self_attn.v_proj.weight.grad
     assert (gradient.abs().max().item() > 1e-6) == reaches
+
+
+def test_learned_value_residuals_start_where_they_should():
+    """learnable at value_lambda; plus with V_1's weights at 1 each, whatever value_lambda says."""
+    def start(value_residual, **changes):
+        model = GPT(GPTConfig(n_layer=6, attention="resformer", value_residual=value_residual,
+                              value_lambda=(0.25, 0.75), **changes)).requires_grad_(False)
+        return {n: [float(x) for x in pair] for n, pair in model.value_lambdas().items()}
+
+    assert start("fixed") == start("learnable") == {n: [0.25, 0.75] for n in range(2, 7)}
+    for layers, changes in ((range(2, 7), {}), ((3, 6), dict(residual_layers=(6, 3)))):
+        plus = start("plus", **changes)
+        assert list(plus) == list(layers)
+        assert all(pair == pytest.approx([1, 0.75]) for pair in plus.values())
 
 
 def test_variants_of_one_seed_start_alike():
@@ -294,7 +335,9 @@ def test_bfloat16_autocast_is_close(attention):
     ("attention", dict(attention="vanilla+gqa")),
     ("attention", dict(attention="resformer+svformer")),
     ("attention", dict(attention="svformer+neutreno")), ("attention", dict(attention="gqa+")),
-    ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
+    ("residual_layers", dict(residual_layers=(1,))), ("residual_layers", dict(residual_layers=(6,))),
+    ("residual_layers", dict(residual_layers=(3, 4), attention="resformer+cla")),
+    ("value_residual", dict(value_residual="learned")), ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
     ("neutreno_lambda", dict(neutreno_lambda=math.inf))])
 def test_a_bad_config_is_refused_by_the_name_of_its_field(field, changes):
     with pytest.raises(ValueError, match=f"^{field}\\b"):
@@ -651,15 +694,48 @@ def test_a_step_is_adamw_with_clipping_and_no_decay_of_vectors(small_run):
         torch.testing.assert_close(trained[name], p.detach(), rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+def test_a_step_of_muon(small_run):
+    """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly, all
+    else by AdamW, whose first step is lr times the gradient's sign; vectors don't decay."""
+    config = replace(small_run, optimizer="muon", value_residual="learnable", max_steps=1, lr=1e-2,
+                     warmup_steps=0, grad_clip=0, weight_decay=0.5)
+    run(config)
+    data = read_bin("data/text/train.bin").astype(np.int64)
+    torch.manual_seed(config.seed)
+    model = GPT(train.model_config(config, 257)).double()
+    starts = np.random.default_rng((config.seed, 0)).integers(0, len(data) - 32, (1, 6))[0]
+    model(torch.tensor(np.stack([data[s:s + 32] for s in starts])),
+          torch.tensor(np.stack([data[s + 1:s + 33] for s in starts])))[1].backward()
+    trained = torch.load("run/ckpt.pt", weights_only=True)["model"]
+    for name, p in model.named_parameters():
+        moved = trained[name] - p.detach() * (1 - 1e-2 * (0.5 if p.dim() > 1 else 0))
+        if p.dim() > 1 and name.startswith("layers."):
+            size = torch.linalg.svdvals(moved) / (1e-2 * 0.2 * math.sqrt(max(p.shape)))
+            # Rough, as Muon's iteration is, which leaves a direction without gradient alone.
+            assert 0.6 < size.median() and size.max() < 1.4, (name, size)
+            alike = -(moved * p.grad).sum() / torch.linalg.svdvals(p.grad).sum()
+            assert alike == pytest.approx(1e-2 * 0.2 * math.sqrt(max(p.shape)), rel=0.3), name
+        else:
+            clear = p.grad.abs() > 1e-6
+            expected = -1e-2 * p.grad.sign()[clear]
+            torch.testing.assert_close(moved[clear], expected, rtol=0.02, atol=0, msg=name)
+
+
 def same_weights(a, b):
     a, b = (torch.load(path, weights_only=True)["model"] for path in (a, b))
     return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_is_bit_identical(small_run, monkeypatch, number, capsys):
-    losses = [record["loss"] for record in run(small_run)]
-    rate, config = train.learning_rate, replace(small_run, out_dir="stopped")
+muon = pytest.param(signal.SIGINT, dict(optimizer="muon", value_residual="plus"), id="muon",
+                    marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9"))
+
+
+@pytest.mark.parametrize("number, changes", [(signal.SIGTERM, {}), (signal.SIGINT, {}), muon])
+def test_stopped_and_resumed_is_bit_identical(small_run, monkeypatch, number, changes, capsys):
+    config = replace(small_run, **changes)
+    losses = [record["loss"] for record in run(config)]
+    rate, config = train.learning_rate, replace(config, out_dir="stopped")
 
     def stop_in_step_6(config, step):
         if step == 5:
@@ -984,6 +1060,25 @@ def test_bench_sweeps_with_the_same_tokens_a_step(small_bench):
                          .replace(" [+]", " +"), table), (size, gaps, table)
 
 
+def test_bench_variants_with_flags_of_their_own(small_bench):
+    asked = ("vanilla", "resformer", "resformer --value_lambda 2 1 --lr 1e-2",
+             "resformer --value_residual plus --residual_layers 3-4")
+    printed = small_bench("--seeds", "1", "2", "--parts", "loss", "--variants", *asked)
+    runs = bench_records("loss")
+    assert [r["flags"]["value_lambda"] for r in runs[:4]] == [[.5, .5], [.5, .5], [2, 1], [.5, .5]]
+    assert [r["flags"]["lr"] for r in runs[:4]] == [4e-3, 4e-3, 1e-2, 4e-3]
+    assert len({r["val_loss"] for r in runs[:4]}) == 4
+    assert max(map(len, printed.splitlines())) <= 120
+    gap = np.mean([runs[i + 2]["val_loss"] - runs[i]["val_loss"] for i in (0, 4)])
+    assert re.search(rf"^\| resformer --value_lambda 2 1 --lr 1e-2 .*{gap:+.4f} ".replace("+", "[+]"),
+                     printed, re.M), printed
+    assert runs[2]["value_lambdas"] == [[n, 2, 1] for n in (2, 3, 4)]
+    came_to = np.mean([r["value_lambdas"] for r in (runs[3], runs[7])], axis=0)
+    assert came_to[:, 0].tolist() == [3, 4] and 0 < abs(came_to[0, 1] - 1) < 0.1
+    for n, l1, l2 in came_to:
+        assert re.search(rf"^\| {n:.0f} +\| {l1:.3f} \| {l2:.3f} \|", printed, re.M), printed
+
+
 def test_tokens_saved_and_verdicts():
     other = dict(val_loss=2.0, val_curve=[[100, 3.0], [200, 2.0]])
 
@@ -1056,6 +1151,14 @@ train.py|--attention gqa --n_head 4 --n_embd 64 --n_kv_head 3|--n_kv_head
 train.py|--value_lambda 1|--value_lambda
 train.py|--value_lambda nan 1|--value_lambda
 train.py|--neutreno_lambda inf|neutreno_lambda
+train.py|--value_residual learned|--value_residual
+train.py|--residual_layers 9|residual_layers
+train.py|--residual_layers 1-3|residual_layers
+train.py|--residual_layers 3-2|--residual_layers
+train.py|--residual_layers 2-6-8|--residual_layers
+train.py|--residual_layers 2-99999999999|residual_layers
+train.py|--attention svformer --residual_layers 4|residual_layers
+train.py|--optimizer sgd|--optimizer
 train.py|--dataset nothing|nothing
 train.py|--dataset odd|train.bin
 train.py|--dataset outside|vocabulary
@@ -1125,6 +1228,8 @@ sample.py|--out_dir run --device tpu|--device
 sample.py|--out_dir run --dtype int8|--dtype
 bench.py|--variants resnet|--variants
 bench.py|--variants gqa gqa|--variants
+bench.py|--variants gqa --n_kv_head 3|n_kv_head
+bench.py|--variants --seeds|--variants
 bench.py|--variants|--variants
 bench.py|--seeds 1 1|--seeds
 bench.py|--seeds -1|--seed
@@ -1192,7 +1297,7 @@ def bad_folder(tmp_path_factory):
     name = "layers.0.mlp.up_proj.weight"
     torch.save(ckpt | dict(model=ckpt["model"] | {name: torch.zeros(3, 3)}), "shapes/ckpt.pt")
     torch.save(ckpt | dict(model=ckpt["model"] | {name: "zeros"}), "words/ckpt.pt")
-    torch.save(ckpt | dict(optimizer=dict(state={}, param_groups=[])), "optimizer/ckpt.pt")
+    torch.save(ckpt | dict(optimizers=[dict(state={}, param_groups=[])]), "optimizer/ckpt.pt")
     huge = ckpt["model_config"] | dict(n_embd=1 << 18, n_ffn=1 << 19)
     torch.save(ckpt | dict(model_config=huge), "terabyte/ckpt.pt")
     os.chdir(old)

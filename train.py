@@ -46,6 +46,15 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """"2,6-8" -> (2, 6, 7, 8); raises ValueError."""
+    ends = [part.partition("-") for part in text.split(",")]
+    ranges = [range(int(first), int(last or first) + 1)[:1000] for first, _, last in ends]
+    if not all(ranges):
+        raise ValueError("a range without a layer")
+    return tuple(n for numbers in ranges for n in numbers)
+
+
 @dataclass
 class TrainConfig:
     attention: str = flag("resformer", "vanilla, resformer, svformer, neutreno, denseformer, gqa, "
@@ -56,13 +65,20 @@ class TrainConfig:
     n_kv_head: int | None = flag(None, "key/value heads of gqa (default: half of n_head)", type=int)
     n_embd: int | None = flag(None, "width, instead of the size's", type=int)
     n_ffn: int | None = flag(None, "hidden width of the SwiGLU (default: 3.5 x n_embd)", type=int)
+    value_residual: str = flag("fixed", "resformer: weights of V_1 and V_n that are value_lambda; "
+                               "learnable, from there; or plus, weights of V_1 that share a "
+                               "learnable total", choices=("fixed", "learnable", "plus"))
     value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1 and V_n", nargs=2, type=float)
+    residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in, such as 6-8 or "
+                                         "2,5-8 (default: all after the first)", type=layer_numbers)
     neutreno_lambda: float = flag(0.4, "neutreno: weight of V_1 - V_n")
     dataset: str = flag("stdlib", "what prepare_data.py wrote: a name under data/ or a path")
     block_size: int = flag(128, "context, in tokens")
     batch_size: int = flag(16, "sequences in a forward pass, over all processes")
     grad_accum: int = flag(1, "forward passes in a step")
     max_steps: int = flag(900, "steps of training")
+    optimizer: str = flag("adamw", "adamw; or muon for the layers' matrices, adamw for the rest",
+                          choices=("adamw", "muon"))
     lr: float = flag(4e-3, "highest learning rate")
     min_lr: float | None = flag(None, "last learning rate (default: a tenth of lr)", type=float)
     warmup_steps: int = flag(50, "steps in which the learning rate rises to lr")
@@ -81,8 +97,9 @@ class TrainConfig:
 
 
 # Changing one of these in the middle would make it another run.
-FIXED = ("attention", "size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "value_lambda",
-         "neutreno_lambda", "block_size", "batch_size", "grad_accum", "seed")
+FIXED = ("attention", "size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
+         "value_residual", "value_lambda", "residual_layers", "neutreno_lambda", "block_size",
+         "batch_size", "grad_accum", "optimizer", "seed")
 
 
 def check(config: TrainConfig):
@@ -94,6 +111,8 @@ def check(config: TrainConfig):
                 raise UserError(f"--{name} must be at least {low}, not {value}")
     if config.seed >= 2**62:
         raise UserError(f"--seed must be less than 2^62, not {config.seed}")
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9, this is {torch.__version__}")
     c = model_config(config, vocab_size=257)  # a shape that can't be is refused before any work
     if c.n_layer * c.n_embd * (2 * c.n_embd + 3 * c.n_ffn) > 1e11:
         raise UserError("--n_layer, --n_embd, --n_ffn: more than 1e11 numbers are no one GPU's")
@@ -139,22 +158,28 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def build(config: TrainConfig, vocab_size: int, device: torch.device) -> tuple:
-    """(the model that owns the weights, the same one compiled where config says so, its optimizer,
+    """(the model that owns the weights, the same one compiled where config says so, its optimizers,
     the autocast context that it runs in)"""
     torch.manual_seed(config.seed)
     cuda = device.type == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32
     raw_model = GPT(model_config(config, vocab_size)).to(device)
-    parameters = list(raw_model.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    hidden, matrices, vectors = [], [], []
+    for name, p in raw_model.named_parameters():
+        muon = config.optimizer == "muon" and name.startswith("layers.")
+        (vectors if p.dim() == 1 else hidden if muon else matrices).append(p)
+    optimizers = [torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if hidden:  # scaled so that AdamW's lr and weight_decay suit it too (arXiv 2502.16982)
+        optimizers.append(torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     if compiled := config.compile == "on" or (config.compile == "auto" and cuda):
         torch.compiler.reset()  # after 8 models in one process it would compile no more
     bf16 = precision(config, device) == torch.bfloat16
-    return (raw_model, torch.compile(raw_model) if compiled else raw_model, optimizer,
+    return (raw_model, torch.compile(raw_model) if compiled else raw_model, optimizers,
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
 
 
@@ -208,8 +233,8 @@ def lock_folder(folder: Path):
     return lock
 
 
-def restore(out: Path, config: TrainConfig, meta: dict, model, optimizer, device) -> list[dict]:
-    """Brings model and optimizer to where the run in out has come, if there is one, and returns
+def restore(out: Path, config: TrainConfig, meta: dict, model, optimizers, device) -> list[dict]:
+    """Brings model and optimizers to where the run in out has come, if there is one, and returns
     its history up to there. UserError if that run is another one, or broken."""
     if not (out / "ckpt.pt").exists():
         return []
@@ -222,7 +247,8 @@ def restore(out: Path, config: TrainConfig, meta: dict, model, optimizer, device
         if ckpt["data_sha256"] != meta["sha256"]:
             raise UserError(f"--dataset {config.dataset} is not what the run in {out} has read")
         model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         lines = (out / "log.jsonl").read_text().splitlines()
         return [json.loads(lines[i]) for i in range(ckpt["step"])]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -274,11 +300,11 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
                         f"and {len(val_data)} tokens of {config.dataset}, --batch_size "
                         f"{config.batch_size} not less than the {WORLD} processes")
 
-    raw_model, model, optimizer, autocast = build(config, meta["vocab_size"], device)
+    raw_model, model, optimizers, autocast = build(config, meta["vocab_size"], device)
     parameters = list(raw_model.parameters())
     lock = lock_folder(out) if RANK == 0 else open(os.devnull)
     try:
-        history = restore(out, config, meta, raw_model, optimizer, device)
+        history = restore(out, config, meta, raw_model, optimizers, device)
     except UserError:
         lock.close()
         raise
@@ -286,9 +312,10 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
 
     def save(step):
         with replace_file(out / "ckpt.pt") as f:
-            torch.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                            step=step, config=asdict(config), model_config=asdict(raw_model.config),
-                            data_sha256=meta["sha256"], tokenizer=meta["tokenizer"]), f)
+            torch.save(dict(model=raw_model.state_dict(), step=step, config=asdict(config),
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                            model_config=asdict(raw_model.config), data_sha256=meta["sha256"],
+                            tokenizer=meta["tokenizer"]), f)
 
     if WORLD > 1:
         model = DistributedDataParallel(model)
@@ -329,10 +356,11 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
                 raise UserError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}: "
                                 "try a lower --lr; the last checkpoint is as it was")
             lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
             seconds = time.perf_counter() - start
 
             record = dict(step=step + 1, loss=loss, lr=lr, seconds=seconds)
