@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 VARIANTS = ("vanilla", "resformer", "svformer", "neutreno", "denseformer", "gqa", "cla")
 
@@ -128,16 +129,13 @@ class Attention(nn.Module):
         tokens at hand, and GPT.value_lambdas(). cache: a KVCache to append to.
         """
         c, (B, T, C) = self.config, x.shape
-
-        def heads(y):
-            return y.view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, nh or nkv, T, hs)
-
-        q = rotate(heads(self.q_proj(x)), *rope)
+        heads = (B, T, -1, c.head_dim)
+        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rope)  # (B, nh, T, hs)
         if self.owns_k:
-            k = rotate(heads(self.k_proj(x)), *rope)
+            k = rotate(self.k_proj(x).view(heads).transpose(1, 2), *rope)  # (B, nkv, T, hs)
             kv["k"] = k if cache is None else cache.append(cache.k[self.layer], k)
         if self.owns_v:
-            v = heads(self.v_proj(x))
+            v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, nkv, T, hs)
             if self.layer == 0:
                 kv["v1"] = v
             elif self.layer + 1 in kv["lambdas"]:  # arXiv 2410.17897: U_n = A_n (l1 V_1 + l2 V_n)
@@ -183,6 +181,7 @@ class KVCache:
         owned = [Attention.owned(config, layer) for layer in range(config.n_layer)]
         self.k = [torch.empty(shape, device=device, dtype=dtype) if k else None for k, _ in owned]
         self.v = [torch.empty(shape, device=device, dtype=dtype) if v else None for _, v in owned]
+        self.nbytes = sum(t.nbytes for t in self.k + self.v if t is not None)
         self.max_len = max_len
         self.length = 0  # tokens read so far; GPT.hidden_states moves it on
 
@@ -191,11 +190,6 @@ class KVCache:
         end = self.length + new.size(2)
         store[:, :, self.length:end] = new
         return store[:, :, :end]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that this cache holds."""
-        return sum(t.nbytes for t in self.k + self.v if t is not None)
 
 
 class GPT(nn.Module):
@@ -242,9 +236,8 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 stream = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-                ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if ends_branch else 0.02
-                p.copy_(torch.randn(p.shape, generator=stream) * std)
+                branches = 2 * self.config.n_layer if "o_proj" in name or "down" in name else 1
+                p.copy_(torch.randn(p.shape, generator=stream) * (0.02 / math.sqrt(branches)))
 
     def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx (B, T) -> what lm_head reads, (B, T, C); appends T tokens to the cache, if any."""
@@ -266,12 +259,19 @@ class GPT(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, max_logits=2**26):
         """idx (B, T) int64 -> logits (B, T, V) and, with targets (B, T), the mean cross-entropy in
-        nats a token, else None. ValueError if there are more tokens than block_size or max_len."""
-        logits = self.lm_head(self.hidden_states(idx, cache))
-        return logits, (None if targets is None else
-                        F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        nats a token, else None. More than max_logits numbers are never held at once: their loss is
+        made in parts, and logits is None. ValueError: more tokens than block_size or max_len."""
+        x, n = self.hidden_states(idx, cache), max_logits // self.config.vocab_size
+        if targets is None or targets.numel() <= n:
+            logits = self.lm_head(x)
+            return logits, (None if targets is None else
+                            F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        parts = zip(x.flatten(0, 1).split(n), targets.flatten().split(n))
+        losses = [checkpoint(lambda x, y: F.cross_entropy(self.lm_head(x), y, reduction="sum"),
+                             *part, use_reentrant=False) for part in parts]
+        return None, sum(losses) / targets.numel()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """nn.Module's, which also takes the names with Hugging Face's prefix, `model.`."""
