@@ -1541,7 +1541,7 @@ def test_slow_killed_anywhere_it_goes_on_to_the_same_bits(small_run, monkeypatch
         while kills % 2 and process.is_alive() and not part.exists():  # wait for a write
             time.sleep(0.002)
         process.join(rng.uniform(0, 0.03) if kills % 2 else rng.uniform(0.1, 0.6))
-        if kills == 50:
+        if kills == 42:
             process.join()
         if process.exitcode is not None:
             assert process.exitcode == 0
@@ -1566,23 +1566,15 @@ def torchrun(n, *flags):
 
 
 @slow
-def test_slow_three_processes_then_two_then_one(small_run):
-    config = replace(small_run, max_steps=30, batch_size=6, eval_tokens=64, eval_every=10)
-    expected = run(config)
+def test_slow_three_processes_then_two_are_one(small_run):
+    config = replace(small_run, batch_size=6, eval_tokens=64, eval_every=10)
     flags = [*SMALL, "--batch_size=6", "--warmup_steps=2", "--eval_every=10", "--out_dir=many"]
-    for n, steps in ((3, 10), (2, 20)):
+    for n, steps in ((3, 30), (2, 60)):
         assert torchrun(n, *flags, f"--max_steps={steps}", "--resume").wait() == 0
-    history = run(replace(config, out_dir="many", resume=True))
-    # Each part of the run ended its own cosine, so compare with one that did the same.
-    for steps in (10, 20, 30):
-        parts = run(replace(config, out_dir="parts", resume=True, max_steps=steps))
-    assert len(history) == len(parts) == 30 == len(expected)
-    for a, b in zip(history, parts):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    whole = torchrun(3, *flags[:-1], "--out_dir=whole", "--max_steps=30")
-    assert whole.wait() == 0
-    for line, b in zip(Path("whole/log.jsonl").read_text().splitlines(), expected, strict=True):
-        assert json.loads(line)["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        expected = run(replace(config, max_steps=steps, out_dir="one", resume=True))
+        lines = Path("many/log.jsonl").read_text().splitlines()
+        for line, record in zip(lines, expected, strict=True):
+            assert json.loads(line)["loss"] == pytest.approx(record["loss"], abs=1e-5)
 
 
 @slow
