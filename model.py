@@ -148,8 +148,8 @@ class Attention(nn.Module):
             q, kv["k"], kv["v"], attn_mask=mask, is_causal=mask is None and T > 1,
             enable_gqa=groups > 1)  # (B, nh, T, hs)
         if "neutreno" in c.variants and self.layer > 0:  # arXiv 2312.00751: A_n V_n + l (V_1 - V_n)
-            gap = kv["v1"] - kv["v"][:, :, -T:]
-            u = u + c.neutreno_lambda * gap.repeat_interleave(groups, dim=1)
+            gap = (kv["v1"] - kv["v"][:, :, -T:]).unsqueeze(2)  # (B, nkv, 1, T, hs)
+            u = (u.unflatten(1, (-1, groups)) + c.neutreno_lambda * gap).flatten(1, 2)
         return self.o_proj(u.transpose(1, 2).reshape(B, T, C))
 
 
@@ -259,16 +259,16 @@ class GPT(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, idx, targets=None, cache=None, max_logits=2**26):
+    def forward(self, idx, targets=None, cache=None, max_logits=2**25):
         """idx (B, T) int64 -> logits (B, T, V) and, with targets (B, T), the mean cross-entropy in
-        nats a token, else None. More than max_logits numbers are never held at once: their loss is
-        made in parts, and logits is None. ValueError: more tokens than block_size or max_len."""
-        x, n = self.hidden_states(idx, cache), max_logits // self.config.vocab_size
-        if targets is None or targets.numel() <= n:
+        nats a token, else None. With more than max_logits numbers in them, logits is None and the
+        loss made in eighths, to hold one at a time. ValueError: over block_size or max_len."""
+        x = self.hidden_states(idx, cache)
+        if targets is None or targets.numel() * self.config.vocab_size <= max_logits:
             logits = self.lm_head(x)
             return logits, (None if targets is None else
                             F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-        parts = zip(x.flatten(0, 1).split(n), targets.flatten().split(n))
+        parts = zip(x.flatten(0, 1).chunk(8), targets.flatten().chunk(8))
         losses = [checkpoint(lambda x, y: F.cross_entropy(self.lm_head(x), y, reduction="sum"),
                              *part, use_reentrant=False) for part in parts]
         return None, sum(losses) / targets.numel()
