@@ -34,7 +34,7 @@ from prepare_data import UserError, flag, load_checkpoint, one_line_errors, pars
 from train import (WORLD, TrainConfig, build, check, load_data, model_config, precision, train,
                    windows)
 
-QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384, rounds=3)
+QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384, rounds=5)
 PAPER_CACHES = (("82M", 2048, torch.float32), ("82M", 65536, torch.bfloat16),
                 ("468M", 2048, torch.float32), ("468M", 65536, torch.bfloat16))
 PARTS = ("loss", "cache", "speed")
@@ -55,8 +55,8 @@ class BenchConfig(TrainConfig):
     contexts: tuple = flag((128, 4096), "speed: tokens in the cache while decoding", nargs="+",
                            type=int)
     decode_batch: int = flag(8, "speed: sequences that are decoded at once")
-    rounds: int = flag(7, "speed: turns, of which the median is taken")
-    quick: bool = flag(False, "one seed, 100 steps, 3 turns: minutes, and noise")
+    rounds: int = flag(15, "speed: turns, of which the median is taken")
+    quick: bool = flag(False, "one seed, 100 steps, 5 turns: minutes, and noise")
     out_dir: str = flag("out/bench", "the folder of results.jsonl, the figures and the runs")
     attention: str = "vanilla"  # these three are no flags here: variants, seeds, always
     seed: int = 1
@@ -249,8 +249,8 @@ def measure_cache(run: TrainConfig, vocab_size: int, device: torch.device) -> di
     return found
 
 
-def in_turns(a, b, device: torch.device, rounds: int) -> tuple[float, float]:
-    """Calls a, b, a, b, ...: median seconds of b, and median of a's seconds over b's."""
+def in_turns(tasks: list, device: torch.device, rounds: int) -> np.ndarray:
+    """Seconds of each task, (rounds, tasks), called one after the other: a, b, c, a, b, c."""
     def seconds(task):
         start = time.perf_counter()
         task()
@@ -258,47 +258,60 @@ def in_turns(a, b, device: torch.device, rounds: int) -> tuple[float, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    pairs = [(seconds(a), seconds(b)) for _ in range(rounds + 1)][1:]  # the first one warms up
-    return median(b for _, b in pairs), median(a / b for a, b in pairs)
+    times = [[seconds(task) for task in tasks] for _ in range(rounds + 1)]
+    return np.array(times[1:])  # the first turn warms up
 
 
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{what is timed: (a function that does it, how many tokens that is)}"""
+    """{what is timed: (a function that does it, its tokens, its work)}, work being floating-point
+    operations in training, and in decoding the bytes of weights and cache that have to be read."""
     model, compiled, optimizers, autocast = build(run, vocab_size, device)
     batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
 
-    def train_steps():
-        for _ in range(4):
-            with autocast:
-                _, loss = compiled(*batch)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+    def train_step():
+        with autocast:
+            _, loss = compiled(*batch)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
-    tasks, dtype = {"training": (train_steps, 4 * batch[0].numel())}, precision(run, device)
-    decoder = GPT(model.config).to(device, dtype)
+    tokens, c, dtype = batch[0].numel(), model.config, precision(run, device)
+    tasks = {"training": (train_step, tokens, tokens * model.flops_per_token())}
+    decoder = GPT(c).to(device, dtype)
+    weights = (decoder.num_params() - decoder.embed_tokens.weight.numel()) * dtype.itemsize
     for context in config.contexts:
-        cache = KVCache(model.config, config.decode_batch, context + 16, device, dtype)
+        cache = KVCache(c, config.decode_batch, context + 16, device, dtype)
         for store in filter(torch.is_tensor, cache.k + cache.v):
             store.normal_()
+        # Every layer reads keys and values, its own or another layer's: sharing them makes the
+        # cache smaller, but not what is read.
+        numbers = config.decode_batch * context * 2 * c.n_layer * c.n_kv_head * c.head_dim
 
         def decode_16(cache=cache, context=context):
             cache.length = context
             decode(decoder, cache, 16)
 
-        tasks[f"decoding at {context:,}"] = decode_16, config.decode_batch * 16
+        tasks[f"decoding at {context:,}"] = (decode_16, config.decode_batch * 16,
+                                             16 * (weights + numbers * dtype.itemsize))
     return tasks
 
 
 def measure_speeds(runs: list, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{variant: {task: [its tokens a second, their ratio to the first variant's]}}"""
+    """{variant: {task: [tokens a second, as a ratio to the first variant's, the share that its work
+    a second is of the machine's best at that: of a large matrix product, of reading a matrix]}}"""
+    dtype, n = precision(runs[0][-1], device), 8192 if device.type == "cuda" else 2048
+    square, large = (torch.randn(shape, device=device).to(dtype)
+                     for shape in ((n, n), (2**14, 2**12)))
+    best = {"training": (lambda: square @ square, 2 * n**3),
+            "decoding": (lambda: large @ large[0], large.nbytes)}
     first, found = speed_tasks(runs[0][-1], config, vocab_size, device), {}
     for *_, variant, run in tqdm(runs, desc="speed", unit="variant", disable=None):
         found[variant] = row = {}
-        for task, (function, tokens) in speed_tasks(run, config, vocab_size, device).items():
-            seconds, ratio = in_turns(first[task][0], function, device, config.rounds)
-            row[task] = [tokens / seconds, ratio]
+        for task, (function, tokens, work) in speed_tasks(run, config, vocab_size, device).items():
+            limit, limit_work = best[task.split()[0]]
+            a, b, c = in_turns([first[task][0], function, limit], device, config.rounds).T
+            row[task] = [tokens / median(b), median(a / b), median(work * c / (limit_work * b))]
     return found
 
 
@@ -461,10 +474,11 @@ def main():
         settings |= dict(contexts=config.contexts, batch=config.decode_batch, rounds=config.rounds)
         speeds = results.once(lambda: measure_speeds(one_each, config, meta["vocab_size"], device),
                               "speed", runs[0][-1], **settings)
-        print_table(f"Speed over {config.variants[0]}'s (tokens/s; decoding: {config.decode_batch} "
-                    "sequences)", ["variant", *speeds[config.variants[0]]],
-                    [[variant] + [f"{ratio:.2f} ({rate:,.0f})"
-                                  for rate, ratio in speeds[variant].values()]
+        print_table(f"Speed over {config.variants[0]}'s (tokens/s, share of the machine's best); "
+                    f"decoding: {config.decode_batch} sequences",
+                    ["variant", *speeds[config.variants[0]]],
+                    [[variant] + [f"{ratio:.2f} ({rate:,.0f}, {share:.0%})"
+                                  for rate, ratio, share in speeds[variant].values()]
                      for variant in config.variants])
 
 

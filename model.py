@@ -62,7 +62,8 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or max(1, self.n_head // (2 if "gqa" in names else 1))
         require(self.n_embd % (2 * self.n_head) == 0,
                 f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) x an even head size")
-        require(self.n_head == self.n_kv_head or "gqa" in names and not self.n_head % self.n_kv_head,
+        require(self.n_head == self.n_kv_head or
+                "gqa" in names and self.n_head % self.n_kv_head == 0,
                 f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head}); it is for gqa")
         require(self.value_residual in ("fixed", "learnable", "plus"),
                 f"value_residual must be fixed, learnable or plus, not {self.value_residual!r}")
@@ -230,9 +231,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """o_proj and down_proj start from N(0, 0.02 / sqrt(2L)) as in GPT-2, all other matrices
-        from N(0, 0.02). Each draws from a stream named after it, so that two variants of one seed
-        start from the same weights where both have them: pairs compare with less noise."""
+        """Matrices from N(0, 0.02), or as in GPT-2 N(0, 0.02 / sqrt(2L)) for o_proj and down_proj;
+        each from a stream named after it, so that two variants of one seed share what both have."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 stream = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))

@@ -191,7 +191,8 @@ def test_a_loss_in_parts_is_the_loss():
         torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = model.float()(idx, targets, max_logits=0)[1]
-    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(whole.item(), rel=0.01)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(whole.item(), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
@@ -353,9 +354,11 @@ def test_bfloat16_autocast_is_close(attention):
     ("attention", dict(attention="vanilla+gqa")),
     ("attention", dict(attention="resformer+svformer")),
     ("attention", dict(attention="svformer+neutreno")), ("attention", dict(attention="gqa+")),
-    ("residual_layers", dict(residual_layers=(1,))), ("residual_layers", dict(residual_layers=(6,))),
+    ("residual_layers", dict(residual_layers=(1,))),
+    ("residual_layers", dict(residual_layers=(6,))),
     ("residual_layers", dict(residual_layers=(3, 4), attention="resformer+cla")),
-    ("value_residual", dict(value_residual="learned")), ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
+    ("value_residual", dict(value_residual="learned")),
+    ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
     ("neutreno_lambda", dict(neutreno_lambda=math.inf))])
 def test_a_bad_config_is_refused_by_the_name_of_its_field(field, changes):
     with pytest.raises(ValueError, match=f"^{field}\\b"):
@@ -712,7 +715,10 @@ def test_a_step_is_adamw_with_clipping_and_no_decay_of_vectors(small_run):
         torch.testing.assert_close(trained[name], p.detach(), rtol=0, atol=1e-4, msg=name)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
+
+
+@needs_muon
 def test_a_step_of_muon(small_run):
     """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly, all
     else by AdamW, whose first step is lr times the gradient's sign; vectors don't decay."""
@@ -746,7 +752,7 @@ def same_weights(a, b):
 
 
 muon = pytest.param(signal.SIGINT, dict(optimizer="muon", value_residual="plus"), id="muon",
-                    marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9"))
+                    marks=needs_muon)
 
 
 @pytest.mark.parametrize("number, changes", [(signal.SIGTERM, {}), (signal.SIGINT, {}), muon])
@@ -994,6 +1000,21 @@ def bench_records(part):
     return [r for r in map(json.loads, lines) if r["name"].startswith(part)]
 
 
+def test_speed_is_work_by_the_machines_best(monkeypatch):
+    """With times of 4 s for the first variant, 2 s for the other and 1 s for the ceiling."""
+    monkeypatch.setattr(bench, "in_turns", lambda tasks, device, rounds: np.array([[4., 2., 1.]]))
+    config = bench.BenchConfig(variants=("vanilla", "cla"), contexts=(9,), decode_batch=2,
+                               device="cpu", size="2M", block_size=(32,), batch_size=6, seeds=(1,))
+    found = bench.measure_speeds(bench.list_runs(config), config, 257, torch.device("cpu"))["cla"]
+    # 4 layers of width 16, SwiGLU of 56, of which 2 have keys and values; vocabulary 257.
+    weights = 4 * (2 * 256 + 3 * 16 * 56) + 2 * 2 * 256 + 257 * 16
+    flops = 6 * 32 * (6 * weights + 12 * 4 * 32 * 16)
+    assert found["training"] == [96, 2, pytest.approx(flops / 2 / (2 * 2048**3))]
+    # 9 RMSNorms; 2 sequences of 9 tokens, whose keys and values each of the 4 layers reads.
+    read = 16 * 4 * (weights + 9 * 16 + 2 * 9 * 4 * 2 * 16)
+    assert found["decoding at 9"] == [16, 2, pytest.approx(read / 2 / (4 * 2**26))]
+
+
 def test_bench_measures_once_and_says_what_it_measured(small_bench, monkeypatch):
     asked = ("--variants", "vanilla", "resformer", "svformer+gqa", "cla", "--seeds", "3", "4")
     printed = small_bench(*asked)
@@ -1026,6 +1047,7 @@ def test_bench_measures_once_and_says_what_it_measured(small_bench, monkeypatch)
     speed = bench_records("speed")[0]
     assert set(speed["cla"]) == {"training", "decoding at 3", "decoding at 9"}
     assert max(map(len, printed.splitlines())) <= 120
+    assert all(share > 0 for task in speed["cla"].values() for share in task[2:])
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls them fails
     monkeypatch.setattr(bench, "measure_cache", None)
@@ -1088,8 +1110,8 @@ def test_bench_variants_with_flags_of_their_own(small_bench):
     assert len({r["val_loss"] for r in runs[:4]}) == 4
     assert max(map(len, printed.splitlines())) <= 120
     gap = np.mean([runs[i + 2]["val_loss"] - runs[i]["val_loss"] for i in (0, 4)])
-    assert re.search(rf"^\| resformer --value_lambda 2 1 --lr 1e-2 .*{gap:+.4f} ".replace("+", "[+]"),
-                     printed, re.M), printed
+    row = rf"^\| resformer --value_lambda 2 1 --lr 1e-2 .*{re.escape(f'{gap:+.4f}')} "
+    assert re.search(row, printed, re.M), printed
     assert runs[2]["value_lambdas"] == [[n, 2, 1] for n in (2, 3, 4)]
     came_to = np.mean([r["value_lambdas"] for r in (runs[3], runs[7])], axis=0)
     assert came_to[:, 0].tolist() == [3, 4] and 0 < abs(came_to[0, 1] - 1) < 0.1
