@@ -30,11 +30,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, KVCache, rotate
-from prepare_data import UserError, flag, load_checkpoint, one_line_errors, parse_flags, pick_device
+from prepare_data import (UserError, flag, load_checkpoint, one_line_errors, parse_flags,
+                          pick_device)
 from train import (WORLD, TrainConfig, build, check, load_data, model_config, precision, train,
                    windows)
 
-QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384, rounds=5)
+QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384,
+             rounds=5)
 PAPER_CACHES = (("82M", 2048, torch.float32), ("82M", 65536, torch.bfloat16),
                 ("468M", 2048, torch.float32), ("468M", 65536, torch.bfloat16))
 PARTS = ("loss", "cache", "speed")
@@ -44,8 +46,8 @@ PARTS = ("loss", "cache", "speed")
 class BenchConfig(TrainConfig):
     variants: tuple = flag(("vanilla", "resformer", "svformer", "neutreno", "denseformer", "gqa",
                             "cla", "svformer+gqa", "cla+gqa"), "what to compare, the first with "
-                           "all others; names as in train.py, or in quotes a name and flags of its "
-                           "own", nargs="+", type=str)
+                           "all others; names as in train.py, or in quotes a name and flags of "
+                           "its own", nargs="+", type=str)
     seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", type=int)
     block_size: tuple = flag((128,), "context in tokens, or several; --batch_size is the first "
                              "one's, the others get as many tokens a step", nargs="+", type=int)
@@ -64,8 +66,8 @@ class BenchConfig(TrainConfig):
 
 
 def list_runs(config: BenchConfig) -> list[tuple]:
-    """All runs, the first seed's first, as (block_size, lr, variant, the run's TrainConfig); raises
-    UserError before any work."""
+    """All runs, the first seed's first, as (block_size, lr, variant, the run's TrainConfig).
+    Raises UserError before any work."""
     for name in ("variants", "seeds", "block_size", "lr", "contexts"):
         if len(set(values := getattr(config, name))) < len(values):
             raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
@@ -79,7 +81,8 @@ def list_runs(config: BenchConfig) -> list[tuple]:
         try:
             own, names = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
             run = TrainConfig(**shared | dict(
-                seed=seed, block_size=block_size, lr=lr, batch_size=batch_size, n_kv_head=n_kv_head)
+                seed=seed, block_size=block_size, lr=lr, batch_size=batch_size,
+                n_kv_head=n_kv_head)
                 | {name: getattr(own, name) for name in names})
             check(run)
         except UserError as error:
@@ -191,7 +194,8 @@ def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict
                 tokens=len(history) * run.batch_size * run.grad_accum * run.block_size,
                 bits_per_byte=history[-1]["bits_per_byte"], val_curve=curve,
                 train_curve=[round(record["loss"], 4) for record in history],
-                value_lambdas=[[n, *map(float, pair)] for n, pair in model.value_lambdas().items()],
+                value_lambdas=[[n, float(l1), float(l2)]
+                               for n, (l1, l2) in model.value_lambdas().items()],
                 concentration={name: np.mean([e[name] for e in each], axis=0).tolist()
                                for name in each[0]})
 
@@ -298,8 +302,8 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
 
 
 def measure_speeds(runs: list, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{variant: {task: [tokens a second, as a ratio to the first variant's, the share that its work
-    a second is of the machine's best at that: of a large matrix product, of reading a matrix]}}"""
+    """{variant: {task: [tokens a second, as a ratio to the first variant's, work a second as a
+    share of the machine's best at it: a large matrix product, or reading a large matrix]}}"""
     dtype, n = precision(runs[0][-1], device), 8192 if device.type == "cuda" else 2048
     square, large = (torch.randn(shape, device=device).to(dtype)
                      for shape in ((n, n), (2**14, 2**12)))
@@ -331,7 +335,7 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def by_seed(records: list[dict], measure: str) -> np.ndarray:
-    """The validation loss, or a concentration measure's mean over the deeper half of the layers."""
+    """The validation loss, or a concentration measure's mean over the layers' deeper half."""
     if measure == "loss":
         return np.array([record["val_loss"] for record in records])
     layers = np.array([record["concentration"][measure] for record in records])
@@ -425,7 +429,7 @@ def draw(variants, table: dict, folder: Path):
     for i, (variant, records) in enumerate(table.items()):
         curves = [np.subtract(a["train_curve"], b["train_curve"])
                   for a, b in zip(records, table[variants[0]])]
-        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth of the run, without the wild start
+        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth, the wild start cut off
         smooth = np.array([np.convolve(c, np.full(n, 1 / n), "valid")[2 * n:] for c in curves])
         steps = np.arange(smooth.shape[1]) + 3 * n
         ax.plot(steps, smooth.mean(axis=0), f"C{i}", label=variant)
@@ -465,11 +469,11 @@ def main():
                                        for *_, variant, run in one_each}, "cache", runs[0][-1],
                               **settings)
         first = caches[config.variants[0]]["a token"][1]
-        print_table("KV cache by the formula / of the tensors: bytes a token in fp32, then MiB", [
-                    "variant", f"of {config.variants[0]}", *caches[config.variants[0]]],
-                    [[variant, f"{caches[variant]['a token'][1] / first:.0%}"] + [
-                        " / ".join(f"{n if which == 'a token' else n / 2**20:,.0f}" for n in pair)
-                        for which, pair in caches[variant].items()] for variant in config.variants])
+        rows = [[variant, f"{caches[variant]['a token'][1] / first:.0%}"] + [
+                    " / ".join(f"{n if which == 'a token' else n / 2**20:,.0f}" for n in pair)
+                    for which, pair in caches[variant].items()] for variant in config.variants]
+        print_table("KV cache by the formula / of the tensors: bytes a token in fp32, then MiB",
+                    ["variant", f"of {config.variants[0]}", *caches[config.variants[0]]], rows)
     if "speed" in config.parts:
         settings |= dict(contexts=config.contexts, batch=config.decode_batch, rounds=config.rounds)
         speeds = results.once(lambda: measure_speeds(one_each, config, meta["vocab_size"], device),

@@ -79,8 +79,8 @@ class GPTConfig:
 
 
 def rotary_table(start: int, T: int, head_dim: int, like: torch.Tensor):
-    """cos and sin, each (T, hs), of the rotary embedding at positions start .. start + T - 1: as in
-    Llama, number j turns with j + hs/2 by position x 10000^(-2j/hs). `rotate` wants -sin first."""
+    """cos and sin, each (T, hs), of the rotary embedding at positions start .. start + T - 1. As
+    in Llama j turns with j + hs/2, by position x 10000^(-2j/hs). `rotate` wants -sin first."""
     # In float32 at least: bfloat16 cannot tell position 257 from 256.
     exact = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     frequency = 10000.0 ** (torch.arange(0, head_dim, 2, **exact) / -head_dim)  # (hs / 2,)
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         u = F.scaled_dot_product_attention(
             q, kv["k"], kv["v"], attn_mask=mask, is_causal=mask is None and T > 1,
             enable_gqa=groups > 1)  # (B, nh, T, hs)
-        if "neutreno" in c.variants and self.layer > 0:  # arXiv 2312.00751: A_n V_n + l (V_1 - V_n)
+        if "neutreno" in c.variants and self.layer > 0:  # arXiv 2312.00751: A_n V_n + l(V_1 - V_n)
             gap = (kv["v1"] - kv["v"][:, :, -T:]).unsqueeze(2)  # (B, nkv, 1, T, hs)
             u = (u.unflatten(1, (-1, groups)) + c.neutreno_lambda * gap).flatten(1, 2)
         return self.o_proj(u.transpose(1, 2).reshape(B, T, C))
@@ -231,8 +231,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Matrices from N(0, 0.02), or as in GPT-2 N(0, 0.02 / sqrt(2L)) for o_proj and down_proj;
-        each from a stream named after it, so that two variants of one seed share what both have."""
+        """Matrices from N(0, 0.02), as in GPT-2 N(0, 0.02 / sqrt(2L)) for o_proj and down_proj,
+        each from a stream named after it: two variants of one seed share what both have."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 stream = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         kv, outputs = {"lambdas": self.value_lambdas()}, [x]
         for layer, block in enumerate(self.layers):
             x = block(x, rope, mask, kv, cache)
-            if "denseformer" in self.config.variants:  # arXiv 2402.02622: sum over i of a_{n,i} X_i
+            if "denseformer" in self.config.variants:  # arXiv 2402.02622: sum over i, a_{n,i} X_i
                 outputs.append(x)
                 x = sum(a * X for a, X in zip(self.depth_weights[layer], outputs))
         if cache:
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         from position 0, and so is a longer prompt's. cache: False reads the whole window for each
         token, the same text slowly; or a KVCache to use. ValueError for a bad argument.
         """
-        require(idx.dim() == 2 and idx.size(1) > 0, f"idx {tuple(idx.shape)} must be (B, T), T > 0")
+        require(idx.dim() == 2 and idx.size(1) > 0, f"idx {tuple(idx.shape)} isn't (B, T), T > 0")
         require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
         require(top_k is None or top_k > 0, f"top_k must be at least 1, not {top_k}")
         full = self.config.block_size

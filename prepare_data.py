@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(cls, description: str, argv=None):
     """The command line as (an instance of the dataclass cls, the names of the flags given)."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(description=description, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         options = dict(f.metadata)
@@ -134,7 +135,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} doesn't exist: train first, or give the run's --out_dir") from None
+        raise UserError(f"{path} isn't there: train first, or give the run's --out_dir") from None
     except Exception as error:  # torch.load raises many kinds for broken and foreign files
         raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
     keys = {"model", "model_config", "tokenizer", "optimizers", "step", "config", "data_sha256"}
@@ -152,8 +153,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        raise UserError(f"GPT-2's vocabulary can't be had ({type(error).__name__}): go online, set "
-                        "TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer byte") from None
+        raise UserError(f"GPT-2's vocabulary can't be had ({type(error).__name__}): go online, "
+                        "set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer byte"
+                        ) from None
 
 
 def stream_text(tokenizer, ids):
@@ -392,8 +394,8 @@ def load(dataset: str):
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]
         if not path.is_file() or path.stat().st_size != 2 * n or n == 0:
-            raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare the "
-                            "data again")
+            raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare "
+                            "the data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
         if (largest := max(ids.max() for ids in read_ids(path))) >= meta["vocab_size"]:
             raise UserError(f"{path}: token id {largest} is outside the vocabulary of "
@@ -406,5 +408,5 @@ if __name__ == "__main__":
         config, _ = parse_flags(DataConfig, __doc__)
         folder = prepare(config)
         _, _, meta = load(str(folder))
-        print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for "
-              f"validation, {meta['tokenizer']} tokenizer")
+        print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} "
+              f"for validation, {meta['tokenizer']} tokenizer")

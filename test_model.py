@@ -1,4 +1,4 @@
-"""Tests. The model is compared with `reference`, a slow float64 version of the equations with loops
+"""Tests. The model is compared with `reference`, a slow float64 version of the equations, in loops
 over layers, heads and pairs of numbers; the scripts are run on small data in temporary folders.
 
     pip install pytest && pytest -q
@@ -358,7 +358,8 @@ def test_bfloat16_autocast_is_close(attention):
     ("residual_layers", dict(residual_layers=(6,))),
     ("residual_layers", dict(residual_layers=(3, 4), attention="resformer+cla")),
     ("value_residual", dict(value_residual="learned")),
-    ("value_lambda", dict(value_lambda=(1.0,))), ("value_lambda", dict(value_lambda=(1, math.nan))),
+    ("value_lambda", dict(value_lambda=(1.0,))),
+    ("value_lambda", dict(value_lambda=(1, math.nan))),
     ("neutreno_lambda", dict(neutreno_lambda=math.inf))])
 def test_a_bad_config_is_refused_by_the_name_of_its_field(field, changes):
     with pytest.raises(ValueError, match=f"^{field}\\b"):
@@ -377,7 +378,8 @@ def test_the_readme_points_at_the_lines_of_the_variants():
                "resformer": "l1 V_1 + l2 V_n", "svformer": "U_n = A_n V_1",
                "neutreno": "2312.00751",
                "denseformer": "2402.02622"}
-    rows = re.findall(r"^\| `(\w+)` .*\(model\.py#L(\d+)\)", (HERE / "README.md").read_text(), re.M)
+    readme = (HERE / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` .*\(model\.py#L(\d+)\)", readme, re.M)
     assert {name for name, _ in rows} == set(VARIANTS)
     for name, line in rows:
         assert needles[name] in code[int(line) - 1], name
@@ -484,7 +486,8 @@ def test_a_name_is_taken_by_what_came_first(folder):
 
 
 def test_a_folder_is_split_by_documents(folder):
-    texts = {f"src/d{i % 3}/{i:02}.txt": f"document {i} <|endoftext|>" * (i + 1) for i in range(25)}
+    texts = {f"src/d{i % 3}/{i:02}.txt": f"document {i} <|endoftext|>" * (i + 1)
+             for i in range(25)}
     texts |= {"src/.hidden": "no", "src/binary": "\0\1", "src/empty": ""}
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -631,7 +634,7 @@ def test_fineweb_goes_on_where_a_download_broke(folder, server, no_gpt2, ranges)
     firsts = [first for name, first in server.requests if name == "fineweb_train_000001.bin"]
     assert firsts == ([0, 2499, 4998] if ranges else [0, 2499])
     n = len(server.requests)
-    Path("data/fineweb/fineweb_train_000003.bin.part").write_bytes(shard(ids[2]))  # all but renamed
+    Path("data/fineweb/fineweb_train_000003.bin.part").write_bytes(shard(ids[2]))  # not renamed
     server.files["fineweb_train_000003.bin"] = shard(ids[2])
     prepare(DataConfig("fineweb", shards=3))  # a further shard, and only that
     assert server.requests[n:] == [("fineweb_train_000003.bin", 7023)]
@@ -720,8 +723,9 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 
 
 @needs_muon
 def test_a_step_of_muon(small_run):
-    """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly, all
-    else by AdamW, whose first step is lr times the gradient's sign; vectors don't decay."""
+    """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly.
+    All else moves by AdamW, whose first step is lr times the gradient's sign. Vectors don't decay.
+    """
     config = replace(small_run, optimizer="muon", value_residual="learnable", max_steps=1, lr=1e-2,
                      warmup_steps=0, grad_clip=0, weight_decay=0.5)
     run(config)
@@ -1123,8 +1127,8 @@ def test_tokens_saved_and_verdicts():
     other = dict(val_loss=2.0, val_curve=[[100, 3.0], [200, 2.0]])
 
     def saved(*losses):
-        return bench.tokens_saved(dict(val_curve=[[50 * (i + 1), x] for i, x in enumerate(losses)]),
-                                  other)
+        curve = [[50 * (i + 1), loss] for i, loss in enumerate(losses)]
+        return bench.tokens_saved(dict(val_curve=curve), other)
     assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
     assert saved(3.0, 2.1, 2.4, 2.0) == pytest.approx(0)
     assert saved(3.0, 1.9, 2.6, 2.5) == pytest.approx(1 - (50 + 50 / 1.1) / 200)  # once is enough
@@ -1367,7 +1371,7 @@ def test_bad_input_ends_in_one_line_and_changes_nothing(bad_folder, monkeypatch,
                                                         flags, word):
     monkeypatch.chdir(bad_folder)
     flags = flags.split()
-    if script in ("train.py", "bench.py") and "--resume" not in flags:  # small, where it may matter
+    if script in ("train.py", "bench.py") and "--resume" not in flags:  # small, if it matters
         usual = dict(dataset="text", size="2M", block_size=32, batch_size=2, max_steps=2)
         for name, value in usual.items():
             flags += [] if f"--{name}" in flags else [f"--{name}", str(value)]
@@ -1452,7 +1456,8 @@ def test_a_signal_ends_a_script_in_one_line(small_run, folder, stage, number):
         Path("big.txt").write_text("one line of a large text\n" * 4_000_000)
         flags, sign = ["prepare_data.py", "big.txt"], Path("data/big/train.bin.part")
     else:
-        flags, sign = ["train.py", *SMALL, "--max_steps=100000", "--out_dir=r"], Path("r/log.jsonl")
+        flags = ["train.py", *SMALL, "--max_steps=100000", "--out_dir=r"]
+        sign = Path("r/log.jsonl")
         if stage == "evaluation":
             flags += ["--eval_every=1", "--eval_tokens=4000"]
     process = subprocess.Popen([sys.executable, str(HERE / flags[0]), *flags[1:]],

@@ -62,15 +62,17 @@ class TrainConfig:
     size: str = flag("small", "layers, heads and width of the model", choices=tuple(SIZES))
     n_layer: int | None = flag(None, "layers, instead of the size's", type=int)
     n_head: int | None = flag(None, "query heads, instead of the size's", type=int)
-    n_kv_head: int | None = flag(None, "key/value heads of gqa (default: half of n_head)", type=int)
+    n_kv_head: int | None = flag(None, "gqa: key/value heads (default: half of n_head)", type=int)
     n_embd: int | None = flag(None, "width, instead of the size's", type=int)
     n_ffn: int | None = flag(None, "hidden width of the SwiGLU (default: 3.5 x n_embd)", type=int)
     value_residual: str = flag("fixed", "resformer: weights of V_1 and V_n that are value_lambda; "
                                "learnable, from there; or plus, weights of V_1 that share a "
                                "learnable total", choices=("fixed", "learnable", "plus"))
-    value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1 and V_n", nargs=2, type=float)
+    value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1 and V_n", nargs=2,
+                               type=float)
     residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in, such as 6-8 or "
-                                         "2,5-8 (default: all after the first)", type=layer_numbers)
+                                         "2,5-8 (default: all after the first)",
+                                         type=layer_numbers)
     neutreno_lambda: float = flag(0.4, "neutreno: weight of V_1 - V_n")
     dataset: str = flag("stdlib", "what prepare_data.py wrote: a name under data/ or a path")
     block_size: int = flag(128, "context, in tokens")
@@ -158,8 +160,8 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def build(config: TrainConfig, vocab_size: int, device: torch.device) -> tuple:
-    """(the model that owns the weights, the same one compiled where config says so, its optimizers,
-    the autocast context that it runs in)"""
+    """(the model that owns the weights, the same one compiled where config says so, its
+    optimizers, the autocast context that it runs in)"""
     torch.manual_seed(config.seed)
     cuda = device.type == "cuda"
     if cuda:
@@ -258,7 +260,7 @@ def restore(out: Path, config: TrainConfig, meta: dict, model, optimizers, devic
 
 @contextmanager
 def caught_signals():
-    """A list that SIGINT and SIGTERM are put into, instead of ending us; a second one does that."""
+    """A list that SIGINT and SIGTERM are put into instead of ending us; a second one does that."""
     arrived = []
 
     def handler(number, frame):
@@ -296,9 +298,9 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train_data, val_data, meta = load_data(config)
     if min(len(train_data), len(val_data)) <= config.block_size or config.batch_size < WORLD:
-        raise UserError(f"--block_size {config.block_size} must be less than the {len(train_data)} "
-                        f"and {len(val_data)} tokens of {config.dataset}, --batch_size "
-                        f"{config.batch_size} not less than the {WORLD} processes")
+        raise UserError(f"--block_size {config.block_size} must be less than the "
+                        f"{len(train_data)} and {len(val_data)} tokens of {config.dataset}, "
+                        f"--batch_size {config.batch_size} not less than the {WORLD} processes")
 
     raw_model, model, optimizers, autocast = build(config, meta["vocab_size"], device)
     parameters = list(raw_model.parameters())
@@ -353,8 +355,8 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
             stop = torch.tensor(float(len(signals)), device=device)
             loss, stop = sum_over_processes(torch.stack((total, stop))).tolist()
             if not math.isfinite(loss + norm.item()):
-                raise UserError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}: "
-                                "try a lower --lr; the last checkpoint is as it was")
+                raise UserError(f"step {step + 1}: the loss is {loss}, the norm of its gradient "
+                                f"{norm}: try a lower --lr; the last checkpoint is as it was")
             lr = learning_rate(config, step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
