@@ -1460,8 +1460,10 @@ def test_a_signal_ends_a_script_in_one_line(small_run, folder, stage, number):
         sign = Path("r/log.jsonl")
         if stage == "evaluation":
             flags += ["--eval_every=1", "--eval_tokens=4000"]
-    process = subprocess.Popen([sys.executable, str(HERE / flags[0]), *flags[1:]],
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / flags[0]), *flags[1:]], stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # a shell's background job would ignore SIGINT, and its child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (sign.exists() and sign.stat().st_size > 500):
         assert process.poll() is None
     process.send_signal(number)
