@@ -385,9 +385,11 @@ def print_losses(config: BenchConfig, tables: dict):
             gaps = [by_seed(records, m) - by_seed(table[first], m) for m in MEASURES]
             means = [by_seed(records, m).mean() for m in MEASURES]
             saved = np.mean([tokens_saved(a, b) for a, b in zip(records, table[first])])
-            losses.append([variant, f"{records[0]['params']:,}", f"{means[0]:.4f}"] + (
-                ["", ""] if variant == first else
-                [spread(gaps[0]), "not by all" if math.isnan(saved) else f"{saved:.0%}"]))
+            fewer = "not by all" if math.isnan(saved) else f"{saved:.0%}"
+            if variant == first or len(records[0]["val_curve"]) == 1:  # one point is no curve
+                fewer = ""
+            losses.append([variant, f"{records[0]['params']:,}", f"{means[0]:.4f}",
+                           "" if variant == first else spread(gaps[0]), fewer])
             attention.append([variant] + [
                 f"{mean:.{3 - (mean >= 1)}f}"
                 + f" {spread(gap, 3)}".replace(" ± ", "±") * (variant != first)

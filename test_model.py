@@ -1107,14 +1107,15 @@ def test_bench_sweeps_with_the_same_tokens_a_step(small_bench):
 def test_bench_variants_with_flags_of_their_own(small_bench):
     asked = ("vanilla", "resformer", "resformer --value_lambda 2 1 --lr 1e-2",
              "resformer --value_residual plus --residual_layers 3-4")
-    printed = small_bench("--seeds", "1", "2", "--parts", "loss", "--variants", *asked)
+    printed = small_bench("--seeds", "1", "2", "--parts", "loss", "--eval_every", "6",
+                          "--variants", *asked)
     runs = bench_records("loss")
     assert [r["flags"]["value_lambda"] for r in runs[:4]] == [[.5, .5], [.5, .5], [2, 1], [.5, .5]]
     assert [r["flags"]["lr"] for r in runs[:4]] == [4e-3, 4e-3, 1e-2, 4e-3]
     assert len({r["val_loss"] for r in runs[:4]}) == 4
     assert max(map(len, printed.splitlines())) <= 120
     gap = np.mean([runs[i + 2]["val_loss"] - runs[i]["val_loss"] for i in (0, 4)])
-    row = rf"^\| resformer --value_lambda 2 1 --lr 1e-2 .*{re.escape(f'{gap:+.4f}')} "
+    row = rf"^\| resformer --value_lambda 2 1 --lr 1e-2 .*{re.escape(f'{gap:+.4f}')} ±[0-9. ]+\| +\|$"
     assert re.search(row, printed, re.M), printed
     assert runs[2]["value_lambdas"] == [[n, 2, 1] for n in (2, 3, 4)]
     came_to = np.mean([r["value_lambdas"] for r in (runs[3], runs[7])], axis=0)
