@@ -35,7 +35,7 @@ from prepare_data import (UserError, flag, load_checkpoint, one_line_errors, par
 from train import (WORLD, TrainConfig, build, check, load_data, model_config, precision, train,
                    windows)
 
-QUICK = dict(seeds=(1,), max_steps=100, warmup_steps=20, eval_every=20, eval_tokens=16384,
+QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_tokens=16384,
              rounds=3)
 PAPER_CACHES = (("82M", 2048, torch.float32), ("82M", 65536, torch.bfloat16),
                 ("468M", 2048, torch.float32), ("468M", 65536, torch.bfloat16))
@@ -58,7 +58,7 @@ class BenchConfig(TrainConfig):
                            type=int)
     decode_batch: int = flag(8, "speed: sequences that are decoded at once")
     rounds: int = flag(15, "speed: turns, of which the median is taken")
-    quick: bool = flag(False, "one seed, 100 steps, 3 turns: minutes, and noise")
+    quick: bool = flag(False, "one seed, 80 steps, 3 turns: minutes, and noise")
     out_dir: str = flag("out/bench", "the folder of results.jsonl, the figures and the runs")
     attention: str = "vanilla"  # these three are no flags here: variants, seeds, always
     seed: int = 1
