@@ -169,22 +169,20 @@ def stream_text(tokenizer, ids):
 
 # GPT-2's tokens never reach from a visible character into the white space behind it: text that is
 # cut there gives the same tokens as in one piece.
-CUT = re.compile(r"(?<=\S)[ \n]")
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # greedy: up to the last such place
 
 
 def read_pieces(path: Path, start: int, end: int, size: int = 1 << 20):
     """Yields the text in bytes start .. end of a UTF-8 file, in pieces of about size bytes."""
-    decoder, text, left = codecs.getincrementaldecoder("utf-8")(), "", end - start
+    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
     with open(path, "rb") as f:
         f.seek(start)
-        while left > 0:
-            data = f.read(min(size, left))
-            left = left - len(data) if data else 0
-            text += decoder.decode(data, final=left == 0)
-            cuts = [m.start() for m in CUT.finditer(text, max(0, len(text) - 10_000))]
-            cut = cuts[-1] if cuts and left else len(text)
-            yield text[:cut]
-            text = text[cut:]
+        for left in range(end - start, 0, -size):
+            text += decoder.decode(f.read(min(size, left)), final=left <= size)
+            cut = CUT.match(text) if left > size else None
+            n = cut.end() if cut else len(text)
+            yield text[:n]
+            text = text[n:]
 
 
 def write_tokens(out, documents, tokenizer, sha256, desc: str) -> tuple[int, int]:

@@ -276,6 +276,19 @@ def caught_signals():
             signal.signal(number, old_handler)
 
 
+def report(model: GPT, tokenizer, last: dict, out: Path):
+    """Prints what a run came to: its loss, its KV cache next to vanilla's, a sample of text."""
+    c = model.config
+    cache, vanilla = model.kv_bytes_per_token(), 2 * c.n_layer * c.n_embd * 4
+    prompt = torch.tensor([tokenizer.encode("\n")], device=model.lm_head.weight.device)
+    ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
+    print(f"{c.attention}: validation loss {last['val_loss']:.4f} nats a token, "
+          f"{last['bits_per_byte']:.4f} bits a byte\n"
+          f"KV cache: {cache:,} bytes a token in float32, {cache / vanilla:.0%} of vanilla's\n"
+          f"A sample of it (more: python sample.py --out_dir {out}):\n{'-' * 80}\n"
+          f"{''.join(stream_text(tokenizer, ids))}")
+
+
 def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> list[dict]:
     """Trains a model in config.out_dir and returns its history, the lines of log.jsonl: for each
     step its number, loss (nats a token), lr and seconds, after an evaluation also val_loss and
@@ -390,24 +403,10 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if WORLD > 1:
         dist.destroy_process_group()
+    last = next((record for record in reversed(history) if "val_loss" in record), None)
+    if show and RANK == 0 and last:
+        report(raw_model, get_tokenizer(meta["tokenizer"]), last, out)
     return history
-
-
-def report(out: Path, last: dict, device: torch.device):
-    """Prints what a run came to: its loss, its KV cache next to vanilla's, a sample of text."""
-    ckpt = load_checkpoint(out / "ckpt.pt")
-    config = GPTConfig(**ckpt["model_config"])
-    model = GPT(config).to(device)
-    model.load_state_dict(ckpt["model"])
-    cache, vanilla = model.kv_bytes_per_token(), 2 * config.n_layer * config.n_embd * 4
-    tokenizer = get_tokenizer(ckpt["tokenizer"])
-    prompt = torch.tensor([tokenizer.encode("\n")], device=device)
-    ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
-    print(f"{config.attention}: validation loss {last['val_loss']:.4f} nats a token, "
-          f"{last['bits_per_byte']:.4f} bits a byte\n"
-          f"KV cache: {cache:,} bytes a token in float32, {cache / vanilla:.0%} of vanilla's\n"
-          f"A sample of it (more: python sample.py --out_dir {out}):\n{'-' * 80}\n"
-          f"{''.join(stream_text(tokenizer, ids))}")
 
 
 if __name__ == "__main__":
@@ -421,6 +420,4 @@ if __name__ == "__main__":
                 check(config)
             except TypeError as error:
                 raise UserError(f"{ckpt}: its config is broken: {error}") from None
-        evaluated = [record for record in train(config) if "val_loss" in record]
-        if RANK == 0 and evaluated:
-            report(run_folder(config), evaluated[-1], pick_device(config.device))
+        train(config)
