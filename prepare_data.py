@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -276,32 +275,32 @@ def download(url: str, path: Path):
     os.replace(part, path)
 
 
-def append_shard(path: Path, out):
-    """Copies the uint16 ids of a shard, which 256 int32 (20240520, 1, how many, 0 ...) precede."""
-    with open(path, "rb") as f:
-        magic, version, n = np.frombuffer(f.read(1024).ljust(12), dtype="<i4")[:3]
-        if (magic, version, path.stat().st_size) != (20240520, 1, 1024 + 2 * n):
-            path.unlink()
-            raise UserError(f"{path.name} was no shard of tokens: wrong header or size; deleted")
-        shutil.copyfileobj(f, out)
+def read_ids(f):
+    """Yields the uint16 ids in a file in parts: a memmap read through would fill the memory."""
+    while len(ids := np.fromfile(f, dtype=np.uint16, count=1 << 24)):
+        yield ids
 
 
-def read_ids(path: Path):
-    """Yields a file of token ids in parts: reading a memmap through would fill the memory."""
-    with open(path, "rb") as f:
-        while len(ids := np.fromfile(f, dtype=np.uint16, count=1 << 24)):
-            yield ids
-
-
-def count_text(path: Path, tokenizer, sha256) -> tuple[int, int]:
-    """(tokens, bytes of text) in a file of token ids, which also go into sha256."""
-    lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
-    lengths.append(0)  # END_OF_TEXT
-    tokens, n_bytes = 0, 0
-    for ids in read_ids(path):
-        sha256.update(ids)
-        tokens += len(ids)
-        n_bytes += int(np.bincount(ids, minlength=len(lengths)) @ lengths)
+def copy_shards(out, shards, tokenizer, sha256, desc: str) -> tuple[int, int]:
+    """Copies the uint16 ids of shards, which 256 int32 (20240520, 1, how many, 0 ...) precede,
+    into the file out, downloading those that aren't there; returns (tokens, bytes of text)."""
+    tokens, n_bytes, lengths = 0, 0, np.zeros(1 << 16, dtype=np.int64)
+    for i in range(tokenizer.eot_token):  # END_OF_TEXT has no text
+        lengths[i] = len(tokenizer.decode_single_token_bytes(i))
+    for path in tqdm(shards, desc=desc, unit="shard"):
+        if not path.exists():
+            download(FINEWEB_URL + path.name, path)
+        with open(path, "rb") as f:
+            magic, version, n = np.frombuffer(f.read(1024).ljust(12), dtype="<i4")[:3]
+            if (magic, version, path.stat().st_size) != (20240520, 1, 1024 + 2 * n):
+                path.unlink()
+                raise UserError(f"{path.name} was no shard of tokens: wrong header or size; "
+                                "deleted")
+            for ids in read_ids(f):
+                sha256.update(ids)
+                out.write(ids)
+                tokens += len(ids)
+                n_bytes += int(np.bincount(ids, minlength=1 << 16) @ lengths)
     return tokens, n_bytes
 
 
@@ -333,17 +332,9 @@ def prepare(config: DataConfig) -> Path:
     if (out / "meta.json").exists() and read_meta(out)["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
-    parts, sha256 = {}, hashlib.sha256()
     if dataset == "fineweb":
         train = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
-        for part, shards in (("train", train), ("val", [out / "fineweb_val_000000.bin"])):
-            for shard in shards:
-                if not shard.exists():
-                    download(FINEWEB_URL + shard.name, shard)
-            with replace_file(out / f"{part}.bin") as f:
-                for shard in shards:
-                    append_shard(shard, f)
-            parts[part] = count_text(out / f"{part}.bin", tokenizer, sha256)
+        inputs, write = (train, [out / "fineweb_val_000000.bin"]), copy_shards
     else:
         if dataset == "shakespeare":
             path = out / "input.txt"
@@ -357,17 +348,17 @@ def prepare(config: DataConfig) -> Path:
         if not texts:
             raise UserError(f"{path}: there is no UTF-8 text in it")
         print(f"{name}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
-        out.mkdir(parents=True, exist_ok=True)
-        for part, documents in zip(("train", "val"), split(texts)):
-            with replace_file(out / f"{part}.bin") as f:
-                parts[part] = write_tokens(f, documents, tokenizer, sha256, desc=part)
+        inputs, write = split(texts), write_tokens
 
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source,
-                sha256=sha256.hexdigest())
-    for part, (tokens, n_bytes) in parts.items():
+    sha256 = hashlib.sha256()
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
+    out.mkdir(parents=True, exist_ok=True)
+    for part, documents in zip(("train", "val"), inputs):
+        with replace_file(out / f"{part}.bin") as f:
+            tokens, n_bytes = write(f, documents, tokenizer, sha256, desc=part)
         meta |= {f"{part}_tokens": tokens, f"{part}_bytes": n_bytes}
     with replace_file(out / "meta.json") as f:
-        f.write(json.dumps(meta, indent=1).encode())
+        f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
     return out
 
 
@@ -395,7 +386,9 @@ def load(dataset: str):
             raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare "
                             "the data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
-        if (largest := max(ids.max() for ids in read_ids(path))) >= meta["vocab_size"]:
+        with open(path, "rb") as f:
+            largest = max(ids.max() for ids in read_ids(f))
+        if largest >= meta["vocab_size"]:
             raise UserError(f"{path}: token id {largest} is outside the vocabulary of "
                             f"{meta['vocab_size']}; prepare the data again")
     return *arrays, meta
