@@ -649,6 +649,14 @@ def test_a_wrong_shard_is_refused(folder, server, no_gpt2, body):
     assert not list(Path("data/fineweb").iterdir())
 
 
+def test_a_shard_of_another_vocabulary_is_refused(folder, server, no_gpt2):
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        server.files[name] = shard([1, 2, 60000])
+    prepare(DataConfig("fineweb"))
+    with pytest.raises(UserError, match="token id 60000 is outside the vocabulary"):
+        prepare_data.load("fineweb")
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -1163,6 +1171,7 @@ BAD_INPUTS = [line.split("|") for line in """
 prepare_data.py|nowhere|no such path
 prepare_data.py|empty.txt|no UTF-8 text
 prepare_data.py|latin1.txt|no UTF-8 text
+prepare_data.py|half.txt|no UTF-8 text
 prepare_data.py|zero.bin|no UTF-8 text
 prepare_data.py|empty_folder|no UTF-8 text
 prepare_data.py|binaries|no UTF-8 text
@@ -1311,6 +1320,7 @@ def bad_folder(tmp_path_factory):
         Path(name).mkdir()
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes("schön".encode("latin-1"))
+    Path("half.txt").write_bytes("Texte coupé".encode()[:-1])  # in the middle of a character
     Path("zero.bin").write_bytes(b"text\0text")
     Path("binaries/a.bin").write_bytes(bytes(range(256)))
     Path("elsewhere/text.txt").write_text("another text of the same name\n" * 99)
