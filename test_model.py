@@ -893,6 +893,16 @@ def test_data_that_disagrees_with_its_meta_is_refused(small_run):
     assert not Path("run").exists()
 
 
+def test_a_run_without_gpt2s_vocabulary_succeeds(small_run, monkeypatch, capsys):
+    def offline(name):
+        raise UserError("no vocabulary")
+
+    monkeypatch.setattr(train, "get_tokenizer", offline)
+    history = train.train(small_run)
+    printed = capsys.readouterr().out
+    assert f"{history[-1]['val_loss']:.4f} nats" in printed and "No sample" in printed
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)

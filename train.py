@@ -276,16 +276,21 @@ def caught_signals():
             signal.signal(number, old_handler)
 
 
-def report(model: GPT, tokenizer, last: dict, out: Path):
+def report(model: GPT, tokenizer: str, last: dict, out: Path):
     """Prints what a run came to: its loss, its KV cache next to vanilla's, a sample of text."""
     c = model.config
     cache, vanilla = model.kv_bytes_per_token(), 2 * c.n_layer * c.n_embd * 4
-    prompt = torch.tensor([tokenizer.encode("\n")], device=model.lm_head.weight.device)
-    ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
     print(f"{c.attention}: validation loss {last['val_loss']:.4f} nats a token, "
           f"{last['bits_per_byte']:.4f} bits a byte\n"
-          f"KV cache: {cache:,} bytes a token in float32, {cache / vanilla:.0%} of vanilla's\n"
-          f"A sample of it (more: python sample.py --out_dir {out}):\n{'-' * 80}\n"
+          f"KV cache: {cache:,} bytes a token in float32, {cache / vanilla:.0%} of vanilla's")
+    try:
+        tokenizer = get_tokenizer(tokenizer)
+    except UserError as error:  # a run on a machine without network has succeeded all the same
+        print(f"No sample of it: {error}")
+        return
+    prompt = torch.tensor([tokenizer.encode("\n")], device=model.lm_head.weight.device)
+    ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
+    print(f"A sample of it (more: python sample.py --out_dir {out}):\n{'-' * 80}\n"
           f"{''.join(stream_text(tokenizer, ids))}")
 
 
@@ -405,7 +410,7 @@ def train(config: TrainConfig, show: bool = True, bar: tqdm | None = None) -> li
         dist.destroy_process_group()
     last = next((record for record in reversed(history) if "val_loss" in record), None)
     if show and RANK == 0 and last:
-        report(raw_model, get_tokenizer(meta["tokenizer"]), last, out)
+        report(raw_model, meta["tokenizer"], last, out)
     return history
 
 
