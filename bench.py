@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, KVCache, rotate
-from prepare_data import (UserError, flag, load_checkpoint, one_line_errors, parse_flags,
-                          pick_device)
-from train import (WORLD, TrainConfig, build, check, load_data, model_config, precision, train,
-                   windows)
+from model import USED_BY, GPT, GPTConfig, KVCache, rotate
+from prepare_data import UserError, flag, one_line_errors, parse_flags
+from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data, make_model,
+                   make_optimizers, model_config, pick_device, pick_dtype, train, windows)
 
 QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_tokens=16384,
              rounds=3)
@@ -60,9 +59,10 @@ class BenchConfig(TrainConfig):
     rounds: int = flag(15, "speed: turns, of which the median is taken")
     quick: bool = flag(False, "one seed, 80 steps, 3 turns: minutes, and noise")
     out_dir: str = flag("out/bench", "the folder of results.jsonl, the figures and the runs")
-    attention: str = "vanilla"  # these three are no flags here: variants, seeds, always
+    attention: str = "vanilla"  # these four are no flags here: variants, seeds, always, never
     seed: int = 1
     resume: bool = True
+    overwrite: bool = False
 
 
 def list_runs(config: BenchConfig) -> list[tuple]:
@@ -77,13 +77,13 @@ def list_runs(config: BenchConfig) -> list[tuple]:
     for seed, block_size, lr, variant in itertools.product(
             config.seeds, config.block_size, config.lr, config.variants):
         batch_size = max(1, config.batch_size * config.block_size[0] // max(1, block_size))
-        n_kv_head = config.n_kv_head if "gqa" in variant else None
         try:
             own, names = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
-            run = TrainConfig(**shared | dict(
-                seed=seed, block_size=block_size, lr=lr, batch_size=batch_size,
-                n_kv_head=n_kv_head)
-                | {name: getattr(own, name) for name in names})
+            flags = shared | dict(seed=seed, block_size=block_size, lr=lr, batch_size=batch_size)
+            for name, user in USED_BY.items():  # shared flags reach the variants that use them
+                if user not in own.attention.split("+"):
+                    flags[name] = getattr(TrainConfig, name)
+            run = TrainConfig(**flags | {name: getattr(own, name) for name in names})
             check(run)
         except UserError as error:
             raise UserError(str(error).replace("--attention", "--variants")) from None
@@ -113,7 +113,8 @@ class Results(dict):
         return f"{part}-{run.attention}-{run.seed}-{zlib.crc32(text.encode()):08x}"
 
     def flags(self, run: TrainConfig) -> dict:
-        return {k: v for k, v in asdict(run).items() if k not in ("out_dir", "resume")}
+        return {k: v for k, v in asdict(run).items()
+                if k not in ("out_dir", "resume", "overwrite")}
 
     def once(self, measure, part: str, run: TrainConfig, **settings) -> dict:
         """The record of this name; if there is none yet, of what measure() returns."""
@@ -148,20 +149,26 @@ def concentration(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
         norms = x.norm(dim=-1)
         return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
 
-    def after_attention(attention, inputs, _):
-        x, rope, _, kv, _ = inputs
+    def after_attention(attention, inputs, outputs):
+        x, rope, _, _, _, k1, _, _, _ = inputs
+        _, k, v = outputs
         c, T = attention.config, x.size(1)
-        q = rotate(attention.q_proj(x).unflatten(-1, (c.n_head, -1)).transpose(1, 2), *rope)
-        k = kv["k"].repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T, hs)
+        crosslayer = "crosslayer" in c.variants and attention.n > 1
+        k = torch.cat((k1, k), dim=2) if crosslayer else k
+        q = rotate(attention.split_heads(attention.q_proj(x)), *rope)
+        k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T or 2 T, hs)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        future = future.repeat(1, k.size(2) // T)
         scores = (q @ k.transpose(-1, -2) / math.sqrt(c.head_dim)).masked_fill(future, -math.inf)
-        A = scores.softmax(dim=-1).mean(dim=1)  # (B, T queries, T keys)
+        A = scores.softmax(dim=-1).mean(dim=1)  # (B, T queries, T or 2 T keys)
+        A = A.unflatten(-1, (-1, T)).sum(dim=2)  # crosslayer: a token's keys of both layers
         importance = A.sum(dim=1) / T  # (B, T), sums to 1
         found["entropy"].append(torch.special.entr(importance).sum(dim=-1).mean().item())
         found["sink"].append(A[:, 1:, 0].mean().item())
-        found["value_drain"].append(drain(kv["v"].transpose(1, 2).flatten(2)))
+        found["value_drain"].append(drain(v.transpose(1, 2).flatten(2)))
 
-    def after_block(_, inputs, x):
+    def after_block(_, inputs, outputs):
+        x = outputs[0]
         found["hidden_drain"].append(drain(x))
         T, total = x.size(1), F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
         # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
@@ -176,20 +183,20 @@ def concentration(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
     return found
 
 
-def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict:
+def trained(run: TrainConfig, val_data, device: torch.device, title: str, signals: list) -> dict:
     """Trains, then looks at 64 validation windows with what was learned."""
     start = time.perf_counter()
-    history = train(run, show=False, bar=bar)
+    model, history = train(run, signals, title, verbose=False)
+    if signals:
+        print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signals[0])
     seconds = time.perf_counter() - start
-    ckpt = load_checkpoint(Path(run.out_dir, "ckpt.pt"), device)
-    model = GPT(GPTConfig(**ckpt["model_config"])).to(device).requires_grad_(False)
-    model.load_state_dict(ckpt["model"])
     # One window at a time: (nh, T, T) numbers are enough at T = 2,048.
     starts = np.linspace(0, len(val_data) - run.block_size - 1, 64).astype(np.int64)
     each = [concentration(model, windows(val_data, start, run.block_size, device)[0])
             for start in starts[:, None]]
     curve = [(record["step"], record["val_loss"]) for record in history if "val_loss" in record]
-    bar.write(f"{bar.desc}: {curve[-1][1]:.4f} nats a token, {seconds:.0f} s", file=sys.stderr)
+    print(f"{title}: {curve[-1][1]:.4f} nats per token, {seconds:.0f} s", file=sys.stderr)
     return dict(params=model.num_params(), seconds=round(seconds, 1), val_loss=curve[-1][1],
                 tokens=len(history) * run.batch_size * run.grad_accum * run.block_size,
                 bits_per_byte=history[-1]["bits_per_byte"], val_curve=curve,
@@ -202,17 +209,15 @@ def trained(run: TrainConfig, val_data, device: torch.device, bar: tqdm) -> dict
 
 def measure_losses(runs: list, results: Results, val_data, device) -> dict:
     """{(block_size, lr): {variant: [a record for each seed]}}"""
-    tables = {}
-    left = sum(run.max_steps for *_, run in runs if results.name("loss", run) not in results)
-    with tqdm(total=left, unit="step", disable=None) as bar:
-        for i, (block_size, lr, variant, run) in enumerate(runs, 1):
-            bar.set_description_str(f"run {i} of {len(runs)}: {variant}, seed {run.seed}, "
-                                    f"block_size {block_size}, lr {lr:g}")
-            folder = str(results.path.parent / results.name("loss", run))
-            record = results.once(lambda: trained(replace(run, out_dir=folder), val_data, device,
-                                                  bar), "loss", run)
-            table = tables.setdefault((block_size, lr), {})
-            table.setdefault(variant, []).append(record)
+    tables, signals = {}, catch_signals()
+    for i, (block_size, lr, variant, run) in enumerate(runs, 1):
+        title = (f"run {i} of {len(runs)}: {variant}, seed {run.seed}, block_size {block_size}, "
+                 f"lr {lr:g}")
+        folder = str(results.path.parent / results.name("loss", run))
+        record = results.once(lambda: trained(replace(run, out_dir=folder), val_data, device,
+                                              title, signals), "loss", run)
+        table = tables.setdefault((block_size, lr), {})
+        table.setdefault(variant, []).append(record)
     return tables
 
 
@@ -222,7 +227,7 @@ def measure_losses(runs: list, results: Results, val_data, device) -> dict:
 @torch.inference_mode()
 def decode(model: GPT, cache: KVCache, n: int):
     """Reads n tokens a sequence, one after the other, behind what is in the cache."""
-    token = torch.zeros(cache.k[0].size(0), 1, dtype=torch.long, device=cache.k[0].device)
+    token = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=cache.k[1].device)
     for _ in range(n):
         token = model(token, cache=cache)[0].argmax(dim=-1)  # (B, 1)
 
@@ -269,24 +274,25 @@ def in_turns(tasks: list, device: torch.device, rounds: int) -> np.ndarray:
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
     """{what is timed: (a function that does it, its tokens, its work)}, work being floating-point
     operations in training, and in decoding the bytes of weights and cache that have to be read."""
-    model, compiled, optimizers, autocast = build(run, vocab_size, device)
+    model, dtype = make_model(run, vocab_size, device), pick_dtype(run, device)
+    fast_model, optimizers = compiled(model, run, device), make_optimizers(model, run)
     batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
 
     def train_step():
-        with autocast:
-            _, loss = compiled(*batch)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, loss = fast_model(*batch)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    tokens, c, dtype = batch[0].numel(), model.config, precision(run, device)
+    tokens, c = batch[0].numel(), model.config
     tasks = {"training": (train_step, tokens, tokens * model.flops_per_token())}
     decoder = GPT(c).to(device, dtype)
     weights = (decoder.num_params() - decoder.embed_tokens.weight.numel()) * dtype.itemsize
     for context in config.contexts:
         cache = KVCache(c, config.decode_batch, context + 16, device, dtype)
-        for store in filter(torch.is_tensor, cache.k + cache.v):
+        for store in (*cache.k.values(), *cache.v.values()):
             store.normal_()
         # Every layer reads keys and values, its own or another layer's: sharing them makes the
         # cache smaller, but not what is read.
@@ -304,7 +310,7 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
 def measure_speeds(runs: list, config: BenchConfig, vocab_size: int, device) -> dict:
     """{variant: {task: [tokens a second, as a ratio to the first variant's, work a second as a
     share of the machine's best at it: a large matrix product, or reading a large matrix]}}"""
-    dtype, n = precision(runs[0][-1], device), 8192 if device.type == "cuda" else 2048
+    dtype, n = pick_dtype(runs[0][-1], device), 8192 if device.type == "cuda" else 2048
     square, large = (torch.randn(shape, device=device).to(dtype)
                      for shape in ((n, n), (2**14, 2**12)))
     best = {"training": (lambda: square @ square, 2 * n**3),
@@ -396,7 +402,7 @@ def print_losses(config: BenchConfig, tables: dict):
                 for mean, gap in zip(means[1:], gaps[1:])])
         where = (f"block_size {block_size}, lr {lr:g}, {len(records)} seeds"
                  + ", --quick: noisy" * config.quick)
-        print_table(f"Validation loss in nats a token, {records[0]['tokens']:,} tokens; {where}",
+        print_table(f"Validation loss in nats per token, {records[0]['tokens']:,} tokens; {where}",
                     ["variant", "params", "loss", f"minus {first}'s", "fewer tokens"], losses)
         print_table(f"Attention in the deeper half of the layers, and minus {first}'s; {where}",
                     ["variant", *MEASURES[1:]], attention)
@@ -436,7 +442,7 @@ def draw(variants, table: dict, folder: Path):
         steps = np.arange(smooth.shape[1]) + 3 * n
         ax.plot(steps, smooth.mean(axis=0), f"C{i}", label=variant)
         ax.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=f"C{i}", alpha=0.15)
-    ax.set(xlabel="step", ylabel=f"training loss minus {variants[0]}'s, nats a token")
+    ax.set(xlabel="step", ylabel=f"training loss minus {variants[0]}'s, nats per token")
     ax.legend(ncols=3)
     figure.savefig(folder / "loss.png", dpi=120)
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.5), layout="constrained")

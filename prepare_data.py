@@ -6,8 +6,8 @@
     python prepare_data.py PATH                   a text file, or a folder of them
 
 writes data/<name>/train.bin and val.bin, token ids as uint16 and nothing else, and meta.json: the
-tokenizer, its vocabulary, tokens and bytes of text, where the text is from and its SHA-256.
-The first part of this file is what all scripts share: flags, errors, files.
+tokenizer, its vocabulary, tokens and bytes of text, where the text is from, the ids' SHA-256.
+The first part of this file is what all scripts share: errors, flags, files.
 """
 
 import argparse
@@ -15,27 +15,22 @@ import codecs
 import hashlib
 import json
 import os
-import re
-import signal
+import shlex
+import subprocess
 import sys
 import sysconfig
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-END_OF_TEXT = "<|endoftext|>"  # stands between two documents
-SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-                   "tinyshakespeare/input.txt")
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+# -------------------------------------------------------------------------------------------------
+# What all scripts share
 
 
 class UserError(Exception):
@@ -44,31 +39,42 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors():
-    """Around a script: what the user can mend, Ctrl-C and SIGTERM end in one line."""
-    def terminated(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, terminated)
+    """Around a script: a mistake, a full machine and Ctrl-C end in one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what this terminal cannot show becomes a "?"
     try:
         yield
-    except BrokenPipeError:  # who reads our output, `head` say, has enough
+    except BrokenPipeError:  # the reader of our output, e.g. `head`, has closed the pipe
         os._exit(141)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (UserError, OSError) as error:
+        fail(str(error) or type(error).__name__)
+    except MemoryError:
+        fail("out of memory")
+    except RuntimeError as error:
+        # What torch says on CUDA and MPS, on Linux and on Windows when there is no memory left.
+        said = ("out of memory", "can't allocate memory", "not enough memory")
+        if not any(words in str(error) for words in said):
             raise
-        kind = "" if isinstance(error, (UserError, OSError)) else "out of memory: "
-        line = str(error).splitlines()[0]  # torch goes on for a page when memory runs out
-        print(f"{Path(sys.argv[0]).name}: {kind}{line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command starts again, from what "
-              "is complete", file=sys.stderr)
-        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
+        fail(f"out of memory: {error}")
+    except KeyboardInterrupt:
+        fail("interrupted; the same command starts again, from what is complete", status=130)
+
+
+def fail(message: str, status: int = 2):
+    print(f"{Path(sys.argv[0]).name}: {message.splitlines()[0]}", file=sys.stderr)
+    sys.exit(status)
+
+
+def command(*words) -> str:
+    """The words as a command line that can be pasted into this system's shell."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def flag(default, help: str, **options):
-    """A dataclass field that is also a command-line flag; options are argparse's."""
-    return field(default=default, metadata={"help": help, **options})
+    """A dataclass field that is also a command-line flag. group=NAME begins a group in --help;
+    other options are argparse's."""
+    return field(default=default, metadata=dict(help=help, **options))
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,21 +84,28 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(cls, description: str, argv=None):
     """The command line as (an instance of the dataclass cls, the names of the flags given)."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS,
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser
     for f in fields(cls):
-        options = dict(f.metadata)
-        if not options:  # a field that is no flag
+        if not f.metadata:  # a field that is no flag
             continue
+        options = dict(f.metadata)
+        if "group" in options:
+            group = parser.add_argument_group(options.pop("group"))
         if f.default is False:
             options["action"] = "store_true"
-        else:
-            options.setdefault("type", type(f.default))
-            options["help"] += "" if f.default is None else f" (default: {f.default!r})"
-        parser.add_argument(f.name if options.get("nargs") == "?" else f"--{f.name}", **options)
+        elif "type" not in options:
+            options["type"] = type(f.default)
+        if f.default not in (None, False):
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            options["help"] += f" (default: {shown!r})" if shown == "\n" else f" (default: {shown})"
+        positional = options.get("nargs") == "?"
+        group.add_argument(f.name if positional else f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
     return cls(**given), set(given)
 
 
@@ -113,34 +126,10 @@ def replace_file(path: Path):
         part.unlink(missing_ok=True)
 
 
-def pick_device(name: str):
-    """The torch.device of --device; auto takes the fastest there is."""
-    import torch  # here and below only, so that preparing data doesn't wait for it
+# -------------------------------------------------------------------------------------------------
+# Tokenizers
 
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def load_checkpoint(path: Path, device="cpu") -> dict:
-    """What train.py saved. Tensors and plain values only: a stranger's file can't run code."""
-    import torch
-
-    try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} isn't there: train first, or give the run's --out_dir") from None
-    except Exception as error:  # torch.load raises many kinds for broken and foreign files
-        raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
-    keys = {"model", "model_config", "tokenizer", "optimizers", "step", "config", "data_sha256"}
-    if not isinstance(ckpt, dict) or set(ckpt) != keys:
-        raise UserError(f"{path} is not a checkpoint of train.py")
-    return ckpt
+END_OF_TEXT = "<|endoftext|>"  # stands between two documents
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -152,7 +141,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        raise UserError(f"GPT-2's vocabulary can't be had ({type(error).__name__}): go online, "
+        raise UserError(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): go online, "
                         "set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer byte"
                         ) from None
 
@@ -166,67 +155,51 @@ def stream_text(tokenizer, ids):
     yield decoder.decode(b"", final=True)
 
 
-# GPT-2's tokens never reach from a visible character into the white space behind it: text that is
-# cut there gives the same tokens as in one piece.
-CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # greedy: up to the last such place
+# -------------------------------------------------------------------------------------------------
+# Sources of text
+
+SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                   "tinyshakespeare/input.txt")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 
 
-def read_pieces(path: Path, start: int, end: int, size: int = 1 << 20):
-    """Yields the text in bytes start .. end of a UTF-8 file, in pieces of about size bytes."""
-    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
-    with open(path, "rb") as f:
-        f.seek(start)
-        for left in range(end - start, 0, -size):
-            text += decoder.decode(f.read(min(size, left)), final=left <= size)
-            cut = CUT.match(text) if left > size else None
-            n = cut.end() if cut else len(text)
-            yield text[:n]
-            text = text[n:]
-
-
-def write_tokens(out, documents, tokenizer, sha256, desc: str) -> tuple[int, int]:
-    """Tokenizes documents [(path, start, end)] into the file out; returns (tokens, bytes of text).
-
-    All cores encode pieces of text at once. Only a few pieces are in memory at any time.
-    """
-    def pieces():
-        for i, document in enumerate(documents):
-            if i > 0:
-                yield None
-            yield from read_pieces(*document)
-
-    def encode(text):
-        if text is None:  # between two documents
-            return np.array([tokenizer.eot_token])
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
-
-    tokens, n_bytes, stream, cores = 0, 0, pieces(), os.cpu_count() or 1
-    total = sum(end - start for _, start, end in documents)
-    with (ThreadPoolExecutor(cores) as pool,
-          tqdm(desc=desc, total=total, unit="B", unit_scale=True) as bar):
-        while batch := list(islice(stream, 2 * cores)):
-            for text, ids in zip(batch, pool.map(encode, batch)):
-                data = (text or "").encode()
-                sha256.update(data)
-                out.write(ids.astype(np.uint16).tobytes())
-                tokens, n_bytes = tokens + len(ids), n_bytes + len(data)
-                bar.update(len(data))
-    return tokens, n_bytes
-
-
-def is_text(path: Path) -> bool:
-    """Is there text in this file: UTF-8, without zero bytes, and ours to read?"""
+def download(url: str, path: Path):
+    """Fetches url into path; a download that broke starts anew. UserError if it can't be had."""
+    chunks = []
     try:
-        pieces = read_pieces(path, 0, path.stat().st_size)
-        return path.stat().st_size > 0 and not any("\0" in text for text in pieces)
+        with urllib.request.urlopen(url, timeout=30) as response:
+            size = response.length  # bytes; None if the server doesn't say
+            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
+                while chunk := response.read(1 << 20):
+                    chunks.append(chunk)
+                    bar.update(len(chunk))
+        if size is not None and sum(map(len, chunks)) < size:
+            raise OSError("the download ended early")
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{url}: {error!r}; run this again") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as f:
+        f.writelines(chunks)
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a UTF-8 file. None if it is no such file, is empty, or may not be read."""
+    try:
+        text = path.read_bytes().decode("utf-8") if path.is_file() else ""
     except (UnicodeDecodeError, PermissionError):
-        return False
+        return None
+    return None if text == "" or "\0" in text else text
 
 
 def walk(folder: Path, skip=()) -> list[Path]:
-    """The files in a folder, sorted; hidden ones and those in folders named in skip left out."""
-    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not any(
-        part.startswith(".") or part in skip for part in p.relative_to(folder).parts)]
+    """The files below a folder, sorted, and folders that may not be entered. Hidden ones are left
+    out, and folders with a name in skip."""
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=lambda e: found.append(Path(e.filename))):
+        folders[:] = [name for name in folders if name[0] != "." and name not in skip]
+        found += [Path(parent, name) for name in files if name[0] != "."]
+    return sorted(found)
 
 
 def stdlib_files() -> list[Path]:
@@ -235,73 +208,52 @@ def stdlib_files() -> list[Path]:
     return [p for p in walk(Path(sysconfig.get_path("stdlib")), skip) if p.suffix == ".py"]
 
 
-def split(files: list[Path]):
-    """Documents (path, start, end) for training, and for validation: every tenth file (the last
-    one, if there are fewer than ten), or the last 10% of the bytes of a single file."""
-    if len(files) > 1:
-        documents = [(p, 0, p.stat().st_size) for p in files]
-        n = min(10, len(files))
-        return [d for i, d in enumerate(documents, 1) if i % n], documents[n - 1::n]
-    size = files[0].stat().st_size
-    cut = size * 9 // 10
-    with open(files[0], "rb") as f:
-        f.seek(cut)  # then on to the next byte that begins a character
-        cut += next((i for i, byte in enumerate(f.read(4)) if byte & 0xC0 != 0x80), 0)
-    return [(files[0], 0, cut)], [(files[0], cut, size)]
+def split_texts(files: list[Path]):
+    """Texts for training and texts for validation, which is every tenth file (the last one, if
+    there are fewer than ten), or the last tenth of the characters of a single file."""
+    if len(files) == 1:
+        text = read_text(files[0])
+        if len(text) < 20:
+            raise UserError(f"{files[0]}: the text is too short to train and validate on")
+        cut = len(text) * 9 // 10
+        return [text[:cut]], [text[cut:]]
+    n = min(10, len(files))
+    validation = files[n - 1::n]
+    training = [p for p in files if p not in set(validation)]
+    return map(read_text, training), map(read_text, validation)  # read one at a time, when needed
 
 
-def download(url: str, path: Path):
-    """Streams url to path, through path.part: a download that broke goes on where it stopped."""
-    part = path.with_name(path.name + ".part")
-    # The last byte is read again: asking for the bytes behind a whole file would be an error.
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            if response.length is None:
-                raise OSError("the server doesn't say how long it is")
-            have = have if response.status == 206 else 0  # 200: the server sends all of it again
-            total = have + response.length
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "ab") as f, tqdm(desc=path.name, total=total, initial=have, unit="B",
-                                             unit_scale=True) as bar:
-                f.truncate(have)
-                while data := response.read(1 << 20):
-                    bar.update(f.write(data))
-        if part.stat().st_size < total:
-            raise OSError("the download ended early")
-    except (OSError, HTTPException) as error:
-        raise UserError(f"{url}: {error!r}; run this again to go on") from None
-    os.replace(part, path)
+def encode_texts(texts, tokenizer):
+    """Yields (ids, bytes of text) of each text, with an end-of-text before all but the first."""
+    for i, text in enumerate(texts):
+        if i > 0:
+            yield np.array([tokenizer.eot_token]), 0
+        yield tokenizer.encode_to_numpy(text, disallowed_special=()), len(text.encode())
 
 
-def read_ids(f):
-    """Yields the uint16 ids in a file in parts: a memmap read through would fill the memory."""
-    while len(ids := np.fromfile(f, dtype=np.uint16, count=1 << 24)):
-        yield ids
-
-
-def copy_shards(out, shards, tokenizer, sha256, desc: str) -> tuple[int, int]:
-    """Copies the uint16 ids of shards, which 256 int32 (20240520, 1, how many, 0 ...) precede,
-    into the file out, downloading those that aren't there; returns (tokens, bytes of text)."""
-    tokens, n_bytes, lengths = 0, 0, np.zeros(1 << 16, dtype=np.int64)
-    for i in range(tokenizer.eot_token):  # END_OF_TEXT has no text
+def read_shards(paths, tokenizer):
+    """Yields (ids, bytes of text) of each shard of FineWeb, which is downloaded if need be: 256
+    int32, the first of which are 20240520, 1, and how many ids follow, then the ids as uint16."""
+    lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # bytes of each token; END_OF_TEXT has 0
+    for i in range(tokenizer.eot_token):
         lengths[i] = len(tokenizer.decode_single_token_bytes(i))
-    for path in tqdm(shards, desc=desc, unit="shard"):
+    for path in paths:
         if not path.exists():
             download(FINEWEB_URL + path.name, path)
-        with open(path, "rb") as f:
-            magic, version, n = np.frombuffer(f.read(1024).ljust(12), dtype="<i4")[:3]
-            if (magic, version, path.stat().st_size) != (20240520, 1, 1024 + 2 * n):
-                path.unlink()
-                raise UserError(f"{path.name} was no shard of tokens: wrong header or size; "
-                                "deleted")
-            for ids in read_ids(f):
-                sha256.update(ids)
-                out.write(ids)
-                tokens += len(ids)
-                n_bytes += int(np.bincount(ids, minlength=1 << 16) @ lengths)
-    return tokens, n_bytes
+        data = path.read_bytes()
+        header = np.frombuffer(data[:1024].ljust(1024), dtype="<i4")
+        ids = np.frombuffer(data[1024:len(data) // 2 * 2], dtype="<u2")
+        if tuple(header[:3]) != (20240520, 1, len(ids)) or len(data) % 2:
+            path.unlink()
+            raise UserError(f"{path.name} was no shard of tokens, and is deleted: run this again")
+        if ids.max(initial=0) >= tokenizer.n_vocab:
+            raise UserError(f"{path}: token id {ids.max()} is outside the vocabulary of "
+                            f"{tokenizer.n_vocab}")
+        yield ids, int(np.bincount(ids, minlength=tokenizer.n_vocab) @ lengths)
+
+
+# -------------------------------------------------------------------------------------------------
+# Preparing and loading a data set
 
 
 @dataclass
@@ -309,64 +261,91 @@ class DataConfig:
     dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb, or the path of a text file or of "
                         "a folder", nargs="?")
     tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); the "
-                                 "other one writes data/<name>-gpt2", type=str,
-                                 choices=("byte", "gpt2"))
+                                 "other one writes data/<name>-gpt2", choices=("byte", "gpt2"),
+                                 type=str)
     shards: int = flag(1, "fineweb: training shards, 100M tokens each")
 
 
 def prepare(config: DataConfig) -> Path:
-    """Writes a dataset and returns its folder; raises UserError."""
+    """Writes a data set and returns its folder. UserError if that can't be done."""
     dataset, path = config.dataset, Path(config.dataset)
-    name, usual = dataset, "gpt2" if dataset == "fineweb" else "byte"
     if dataset == "fineweb" and config.tokenizer == "byte":
         raise UserError("--tokenizer byte: fineweb comes in GPT-2's tokens")
     if config.shards < 1:
         raise UserError(f"--shards must be at least 1, not {config.shards}")
+    name, source = dataset, dataset
     if dataset not in ("stdlib", "shakespeare", "fineweb"):
-        if not path.exists():
-            raise UserError(f"{dataset}: no such path, nor stdlib, shakespeare or fineweb")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{dataset} is no file or folder, nor stdlib, shakespeare or fineweb")
         path = path.resolve()
-        name = path.name if path.is_dir() else path.stem
-    source, tokenizer = str(path), get_tokenizer(config.tokenizer or usual)
+        source, name = str(path), path.name if path.is_dir() else path.stem
+    usual = "gpt2" if dataset == "fineweb" else "byte"
+    tokenizer = get_tokenizer(config.tokenizer or usual)
     out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
     if (out / "meta.json").exists() and read_meta(out)["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
     if dataset == "fineweb":
-        train = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
-        inputs, write = (train, [out / "fineweb_val_000000.bin"]), copy_shards
+        shards = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
+        train = read_shards(shards, tokenizer)
+        val = read_shards([out / "fineweb_val_000000.bin"], tokenizer)
     else:
-        if dataset == "shakespeare":
-            path = out / "input.txt"
-            if not path.exists():
-                download(SHAKESPEARE_URL, path)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
-                path.unlink()
-                raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
-        files = stdlib_files() if dataset == "stdlib" else walk(path) if path.is_dir() else [path]
-        texts = [p for p in files if is_text(p)]
-        if not texts:
-            raise UserError(f"{path}: there is no UTF-8 text in it")
-        print(f"{name}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
-        inputs, write = split(texts), write_tokens
-
-    sha256 = hashlib.sha256()
+        train_texts, val_texts = split_texts(find_texts(dataset, path, out))
+        train, val = encode_texts(train_texts, tokenizer), encode_texts(val_texts, tokenizer)
     meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
-    out.mkdir(parents=True, exist_ok=True)
-    for part, documents in zip(("train", "val"), inputs):
-        with replace_file(out / f"{part}.bin") as f:
-            tokens, n_bytes = write(f, documents, tokenizer, sha256, desc=part)
-        meta |= {f"{part}_tokens": tokens, f"{part}_bytes": n_bytes}
-    with replace_file(out / "meta.json") as f:
-        f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
+    write_dataset(out, train, val, meta)
     return out
 
 
+def find_texts(dataset: str, path: Path, out: Path) -> list[Path]:
+    """The files with the text of a data set. UserError if there is none."""
+    if dataset == "stdlib":
+        files = stdlib_files()
+    elif dataset == "shakespeare":
+        files = [out / "input.txt"]
+        if not files[0].exists():
+            download(SHAKESPEARE_URL, files[0])
+        if hashlib.sha256(files[0].read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+            files[0].unlink()
+            raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
+    else:
+        files = walk(path) if path.is_dir() else [path]
+    texts = [p for p in files if read_text(p) is not None]
+    if not texts:
+        raise UserError(f"{path}: there is no UTF-8 text in it")
+    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
+    return texts
+
+
+def write_dataset(out: Path, train, val, meta: dict):
+    """Writes train.bin, val.bin and meta.json from the (ids, bytes of text) of train and val."""
+    sha256 = hashlib.sha256()
+
+    def write(f, part, pieces):
+        meta[f"{part}_tokens"] = meta[f"{part}_bytes"] = 0
+        for ids, n_bytes in tqdm(pieces, desc=part, unit=" pieces"):
+            data = ids.astype("<u2").tobytes()
+            sha256.update(data)
+            f.write(data)
+            meta[f"{part}_tokens"] += len(ids)
+            meta[f"{part}_bytes"] += n_bytes
+
+    out.mkdir(parents=True, exist_ok=True)
+    with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
+        write(train_file, "train", train)
+        write(val_file, "val", val)
+        # From here until it is written anew nobody can take the old meta.json for the new ids'.
+        (out / "meta.json").unlink(missing_ok=True)
+    with replace_file(out / "meta.json") as f:
+        f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
+
+
 def read_meta(folder: Path) -> dict:
-    keys = "tokenizer vocab_size source sha256 train_tokens val_tokens train_bytes val_bytes"
+    keys = ("tokenizer", "vocab_size", "source", "sha256", "train_tokens", "val_tokens",
+            "train_bytes", "val_bytes")
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        return {key: meta[key] for key in keys.split()}
+        return {key: meta[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'meta.json'}: {error!r}; delete the folder, prepare it again")
 
@@ -374,23 +353,22 @@ def read_meta(folder: Path) -> dict:
 def load(dataset: str):
     """(train ids, val ids, meta): two read-only uint16 arrays on disk, and what meta.json says.
 
-    dataset is a name under data/, or the path of a folder. UserError if the three don't agree.
-    """
-    folder = next((p for p in (Path("data", dataset), Path(dataset)) if p.is_dir()), None)
-    if folder is None:
-        raise UserError(f"dataset '{dataset}' isn't there yet: python prepare_data.py {dataset}")
-    meta, arrays = read_meta(folder), []
+    dataset is a name under data/, or the path of a folder. UserError if it isn't there or isn't
+    whole."""
+    folder = Path("data", dataset)
+    if not folder.is_dir():
+        folder = Path(dataset)
+    if not folder.is_dir():
+        again = command("python", "prepare_data.py", dataset)
+        raise UserError(f"--dataset {dataset} isn't there yet: {again}")
+    meta = read_meta(folder)
+    arrays = []
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]
         if not path.is_file() or path.stat().st_size != 2 * n or n == 0:
             raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare "
                             "the data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
-        with open(path, "rb") as f:
-            largest = max(ids.max() for ids in read_ids(f))
-        if largest >= meta["vocab_size"]:
-            raise UserError(f"{path}: token id {largest} is outside the vocabulary of "
-                            f"{meta['vocab_size']}; prepare the data again")
     return *arrays, meta
 
 
@@ -398,6 +376,6 @@ if __name__ == "__main__":
     with one_line_errors():
         config, _ = parse_flags(DataConfig, __doc__)
         folder = prepare(config)
-        _, _, meta = load(str(folder))
+        meta = read_meta(folder)
         print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} "
               f"for validation, {meta['tokenizer']} tokenizer")
