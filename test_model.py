@@ -1,5 +1,5 @@
-"""Tests. The model is compared with `reference_sequence`, a slow float64 version of the equations,
-in loops over layers, heads and pairs of numbers; the scripts run on small data in temporary folders.
+"""Tests. The model is compared with `reference_sequence`, a slow float64 version of the equations
+in loops over layers, heads and pairs of numbers; the scripts run on small data elsewhere.
 
     pip install pytest && pytest -q
     SLOW=1 pytest -q -k slow        faults at length: many kills, many processes
@@ -7,6 +7,7 @@ in loops over layers, heads and pairs of numbers; the scripts run on small data 
 
 import hashlib
 import http.server
+import io
 import json
 import math
 import multiprocessing
@@ -171,7 +172,7 @@ def reference_sequence(c, P, idx, watch=None):
 
 @pytest.mark.parametrize("attention", EVERY)
 def test_logits_loss_and_gradients_equal_the_reference(attention):
-    model, idx, targets = tiny_model(attention), tokens(seed=1), tokens(seed=2)
+    model, idx, targets = tiny_model(attention), tokens(T=11), tokens(T=11, seed=2)
     P = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = torch.stack([reference_sequence(model.config, P, row) for row in idx])
     probability = torch.softmax(expected, dim=-1)
@@ -192,31 +193,20 @@ def test_logits_loss_and_gradients_equal_the_reference(attention):
         torch.testing.assert_close(p.grad, P[name].grad, rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("attention", EVERY)
-def test_decoding_with_the_cache_equals_the_full_pass(attention, dtype, tolerance):
-    # In float32 with the weights that training starts from, in float64 with large ones.
-    model = tiny_model(attention) if dtype == torch.float64 else GPT(tiny_config(attention))
-    idx = tokens(T=29)
-    cache = KVCache(model.config, 2, 29, dtype=dtype)
+def test_decoding_with_the_cache_equals_the_full_pass(attention):
+    model, idx = tiny_model(attention), tokens(T=29)
+    full, cache = model(idx)[0], KVCache(model.config, 2, 29, dtype=torch.float64)
     pieces, start = [], 0
     for T in (7, 1, 1, 9, 2, 1, 8):
         pieces.append(model(idx[:, start:start + T], cache=cache)[0])
         start += T
         assert cache.length == start
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0], rtol=0, atol=tolerance)
-    with pytest.raises(ValueError, match="max_len"):
-        model(idx[:, :1], cache=cache)
-
-
-@pytest.mark.parametrize("attention", EVERY)
-def test_a_later_token_changes_nothing_before_it(attention):
-    model, idx = tiny_model(attention, torch.float32), tokens()
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-9)
     changed = idx.clone()
-    changed[:, 13] = (changed[:, 13] + 1) % 37
-    before, after = model(idx)[0], model(changed)[0]
-    assert torch.equal(before[:, :13], after[:, :13])
-    assert not torch.equal(before[:, 13], after[:, 13])
+    changed[:, 13] = (changed[:, 13] + 1) % 37  # changes nothing before it
+    after = model(changed)[0]
+    assert torch.equal(after[:, :13], full[:, :13]) and not torch.equal(after[:, 13], full[:, 13])
 
 
 # ---- the loss -----------------------------------------------------------------------------------
@@ -329,15 +319,15 @@ def test_parameters_are_those_that_the_layers_own(attention):
 
 
 def test_the_papers_82m():
-    shape = dict(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512)
-    model = GPT(GPTConfig(**shape, attention="vanilla"))
+    model = GPT(GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
+                          attention="vanilla"))
     assert model.num_params() == 81_928_704
     # 6 operations a number in a product, without norms and look-ups; attention: 12 T C a layer,
-    # and twice as much in the seven layers of crosslayer that attend to two.
+    # and twice as much in the layers above the first of crosslayer, four of the tiny model's.
     N = 8 * (4 * 512 * 512 + 3 * 512 * 1792) + 50304 * 512
     assert model.flops_per_token() == 6 * N + 12 * 8 * 2048 * 512
-    crosslayer = GPT(GPTConfig(**shape, attention="crosslayer"))
-    assert crosslayer.flops_per_token() == 6 * N + 12 * 15 * 2048 * 512
+    vanilla, crosslayer = (GPT(tiny_config(a)).flops_per_token() for a in ("vanilla", "crosslayer"))
+    assert crosslayer - vanilla == 12 * 4 * 32 * 32
 
 
 @pytest.mark.parametrize("attention, reaches", [
@@ -564,8 +554,15 @@ def test_a_folder_is_split_by_documents(folder, monkeypatch):
         (folder / name).unlink()
     prepare(DataConfig("src"))
     assert documents(prepare_data.load("src")[1]) == [texts[list(texts)[23]]]
-    monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "", path)))
-    assert prepare_data.walk(folder / "src") == [folder / "src"]  # counted among what is left out
+
+
+def test_a_folder_that_may_not_be_listed_is_counted_among_what_is_left_out(folder, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "forbidden", path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert prepare_data.walk(folder / "src") == [folder / "src"]
+    assert prepare_data.read_text(folder / "src") is None
 
 
 def test_a_name_is_taken_by_what_came_first(folder):
@@ -760,7 +757,7 @@ def test_training_learns(small_run, attention):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_is_close_and_resumes_exactly(small_run, dtype):
-    config = replace(small_run, dtype=dtype, lr=1e-2, max_steps=30)
+    config = replace(small_run, dtype=dtype, lr=1e-2)
     exact, rounded = run(replace(config, dtype="float32", out_dir="exact")), run(config)
     assert rounded[-1]["val_loss"] == pytest.approx(exact[-1]["val_loss"], rel=0.02)
     assert rounded[-1]["val_loss"] != exact[-1]["val_loss"]
@@ -831,7 +828,7 @@ def test_a_step_of_muon(small_run):
     """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly.
     All else moves by AdamW, whose first step is lr times the gradient's sign. Vectors don't decay.
     """
-    config = replace(small_run, attention="resformer", optimizer="muon", value_residual="learnable", max_steps=1, lr=1e-2,
+    config = replace(small_run, optimizer="muon", value_residual="learnable", max_steps=1, lr=1e-2,
                      warmup_steps=0, grad_clip=0, weight_decay=0.5)
     run(config)
     data = read_bin("data/text/train.bin").astype(np.int64)
@@ -910,11 +907,10 @@ def test_what_a_resumed_run_may_change(small_run, capsys):
     train.train(replace(again, max_steps=12))
     assert "run is complete: 14 of 12 steps" in capsys.readouterr().out
     for name, value in dict(lr=1.0, min_lr=0.1, weight_decay=0.9, grad_clip=2.0, warmup_steps=3,
-                            seed=5, batch_size=3, grad_accum=2, optimizer="adamw2", n_layer=5,
-                            attention="cla", block_size=16, value_lambda=(2, 1)).items():
-        if name != "optimizer":
-            with pytest.raises(UserError, match=f"^--{name} is .*, but the run in run has"):
-                run(replace(small_run, resume=True, **{name: value}))
+                            seed=5, batch_size=3, grad_accum=2, n_layer=5, attention="cla",
+                            block_size=16, value_lambda=(2, 1)).items():
+        with pytest.raises(UserError, match=f"^--{name} is .*, but the run in run has"):
+            run(replace(small_run, resume=True, **{name: value}))
     with pytest.raises(UserError, match="--resume goes on with it, --overwrite starts anew"):
         run(small_run)
     assert len(run(replace(small_run, overwrite=True, seed=5))) == 12
@@ -975,7 +971,8 @@ def test_every_model_of_a_process_is_compiled(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=backend))
-    for i in range(9):  # dynamo's limit is 8
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # 8 without this test
+    for i in range(3):
         config = TrainConfig(compile="on", size="2M", n_layer=1, attention=VARIANTS[i % 8])
         fast = train.compiled(train.make_model(config, 257, cpu), config, cpu)
         fast(tokens(), tokens())
@@ -1030,10 +1027,8 @@ def test_torchrun_gives_the_losses_of_one_process(small_run, n):
     for a, b in zip(lines, expected):
         for key in {"loss", "val_loss"} & set(b):
             assert a[key] == pytest.approx(b[key], abs=1e-5)
-    if n == 2:  # and its processes keep no group whose threads could outlive the interpreter
-        code = "import sys, train; f = sys.modules['torch.distributed.nn.functional'].all_reduce; "
-        subprocess.run([sys.executable, "-c", code + "assert f.__defaults__[1] is None"],
-                       check=True, cwd=HERE)
+    # And no function keeps a process group, whose threads could outlive the interpreter.
+    assert torch.distributed.nn.functional.all_reduce.__defaults__[1] is None
 
 
 def test_processes_that_disagree_are_refused(monkeypatch):
@@ -1146,7 +1141,7 @@ def bench_records(part):
 
 def test_bench_measures_once_and_says_what_it_measured(small_bench, monkeypatch):
     asked = ("--variants", "vanilla", "resformer --value_lambda 2 1 --lr 1e-2", "svformer+gqa",
-             "--seeds", "3", "4", "--neutreno_lambda", "0.3")
+             "--seeds", "3", "4", "--neutreno_lambda", "0.3", "--parts", "loss", "cache")
     printed = small_bench(*asked)
     runs = bench_records("loss")
     assert [(r["flags"]["attention"], r["flags"]["seed"]) for r in runs] == [
@@ -1262,18 +1257,18 @@ def test_from_data_to_text(folder, script, monkeypatch):
         assert script("sample.py", *flags, "--prompt=-")[1] == expected
 
 
-def test_what_a_terminal_cannot_show_is_replaced(small_run):
-    def start(encoding, name, *flags):
-        return subprocess.run([sys.executable, str(HERE / name), *flags], capture_output=True,
-                              env=os.environ | dict(PYTHONIOENCODING=encoding))
-
+def test_what_a_terminal_cannot_show_is_replaced(folder, script, monkeypatch):
     Path("漢字.txt").write_text("漢" * 1000, encoding="utf-8")
     for encoding, name, *flags in (
             ("ascii", "prepare_data.py", "漢字.txt"),
-            ("cp1252", "train.py", "--out_dir=漢", "--max_steps=2", *SMALL),
+            ("cp1252", "train.py", "--dataset=漢字", "--out_dir=漢", "--max_steps=2", *SMALL[1:]),
             ("cp1252", "sample.py", "--out_dir=漢", "--prompt=漢", "--max_new_tokens=1")):
-        done = start(encoding, name, *flags)
-        assert done.returncode == 0 and b"?" in done.stdout, done.stderr
+        with monkeypatch.context() as patch:
+            terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            patch.setattr(sys, "stdout", terminal)
+            assert script(name, *flags)[0] == 0
+            terminal.flush()
+            assert b"?" in terminal.buffer.getvalue()
 
 
 def test_a_run_without_gpt2s_vocabulary_succeeds(small_run, monkeypatch, capsys):
