@@ -9,8 +9,8 @@ What is special about this model:
 - The KV cache allocates the tensors that the variant needs and no others.
 - The loss never holds all logits, whatever the size of the vocabulary.
 
-Layers are counted from 1, as in the paper. In shapes, B is the batch, T the tokens at hand, S those
-and the ones in the cache before them, C the width (n_embd), nh the query heads, nkv the key/value
+Layers are counted from 1, as in the paper. In shapes, B is the batch, T the new tokens, S the
+cached and the new ones, C the width (n_embd), nh the query heads, nkv the key/value
 heads, hs the head size, V the vocabulary, L the number of layers.
 """
 
@@ -70,7 +70,8 @@ class GPTConfig:
         require(self.n_embd % (2 * self.n_head) == 0,
                 f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) x an even head size")
         require(self.n_head % self.n_kv_head == 0,
-                f"n_kv_head ({self.n_kv_head}) must divide n_head ({self.n_head})")
+                f"n_kv_head ({self.n_kv_head}, by default half of n_head) must divide n_head "
+                f"({self.n_head})")
         self.head_dim = self.n_embd // self.n_head
         self.check_residuals()
 
@@ -90,13 +91,14 @@ class GPTConfig:
                 f"{said}: crosslayer attends to V_1 itself; nothing is left to mix in")
 
     def check_residuals(self):
+        self.value_lambda = tuple(self.value_lambda)
         for name, variant in USED_BY.items():
+            # n_kv_head has been filled in by now, the others are as they were given.
             unused = self.n_head if name == "n_kv_head" else getattr(GPTConfig, name)
             require(variant in self.variants or getattr(self, name) == unused,
                     f"{name} is for {variant}, not for {self.attention}")
         require(self.value_residual in ("fixed", "learnable", "plus"),
                 f"value_residual must be fixed, learnable or plus, not {self.value_residual!r}")
-        self.value_lambda = tuple(self.value_lambda)
         require(len(self.value_lambda) == 2 and all(map(math.isfinite, self.value_lambda)),
                 f"value_lambda must be two finite numbers, not {self.value_lambda}")
         require(self.value_residual != "plus" or self.value_lambda == (0.5, 0.5),
@@ -104,7 +106,7 @@ class GPTConfig:
         require(self.residual_layers is None or len(self.residual_layers) > 0,
                 "residual_layers must name at least one layer")
         for n in self.residual_layers or ():
-            require(1 <= n <= self.n_layer,
+            require(n in range(1, self.n_layer + 1),
                     f"residual_layers: there is no layer {n}, n_layer is {self.n_layer}")
             require(n > 1 and owns_v(self, n),
                     f"residual_layers: layer {n} has no values of its own to mix with layer 1's")
@@ -264,7 +266,7 @@ class KVCache:
         self.nbytes = sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
         self.batch_size = batch_size
         self.max_len = max_len
-        self.length = 0  # tokens read so far; GPT.hidden_states moves it on, 0 empties the cache
+        self.length = 0  # tokens read so far; hidden_states advances it, 0 empties the cache
 
     def append(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Writes new (B, nkv, T, hs) behind what store holds; returns a view of all S tokens."""
@@ -298,8 +300,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = total + F.nll_loss(log_p, target, reduction="sum")  # leaves out -100
             if with_gradients:
                 grad = log_p.exp_()  # softmax
-                grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(grad[:, :1]))
+                grad[torch.arange(len(grad)), target.clamp(min=0)] -= 1.0  # minus one-hot
                 grad.masked_fill_((target == -100)[:, None], 0.0)
+                grad = grad.to(weight.dtype)
                 grad_x.append(torch.mm(grad, weight))
                 grad_weight += torch.mm(grad.T, x_part)
         if with_gradients:
@@ -317,12 +320,13 @@ def draw(logits, temperature=1.0, top_k=None, generator=None) -> torch.Tensor:
     from softmax(logits / temperature), if top_k is given among the top_k likeliest."""
     if temperature == 0:
         return logits.argmax(dim=1)
-    if top_k is not None and top_k < logits.size(1):
-        least = logits.topk(top_k, dim=1).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
+    ids = None
+    if top_k is not None:
+        logits, ids = logits.topk(min(top_k, logits.size(1)), dim=1)  # (B, top_k) each
     # The largest becomes 0, so that the smallest temperature overflows nothing.
     logits = (logits.float() - logits.max(dim=1, keepdim=True).values) / max(temperature, 1e-30)
-    return torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)  # (B, 1)
+    return drawn[:, 0] if ids is None else ids.gather(1, drawn)[:, 0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -389,10 +393,11 @@ class GPT(nn.Module):
             require(T <= self.config.block_size, f"idx has {T} tokens, more than block_size")
         else:
             require(past + T <= cache.max_len, f"idx and cache: {past} + {T} exceed max_len")
+            require(len(idx) == cache.batch_size, f"cache is for {cache.batch_size} sequences")
         x = self.embed_tokens(idx)  # (B, T, C)
         rope = rotary_table(past, T, self.config.head_dim, like=x)
         mask = None
-        if past > 0 and T > 1 or "crosslayer" in self.config.variants:
+        if (past > 0 and T > 1) or "crosslayer" in self.config.variants:
             # Token t of this piece sees the tokens 0 .. past + t.
             mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         lambdas = self.value_lambdas()
@@ -431,7 +436,7 @@ class GPT(nn.Module):
         longer prompt is cut likewise. A bad argument is a ValueError that begins with its name.
         """
         V, full = self.config.vocab_size, self.config.block_size
-        require(idx.dim() == 2 and idx.size(1) > 0, f"idx {tuple(idx.shape)} isn't (B, T), T > 0")
+        require(idx.dim() == 2 and idx.numel() > 0, f"idx {tuple(idx.shape)} isn't (B, T) with tokens")
         require(0 <= idx.min() and idx.max() < V, f"idx has tokens outside a vocabulary of {V}")
         require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
         require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
@@ -446,17 +451,17 @@ class GPT(nn.Module):
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         return self.next_tokens(idx, max_new_tokens, temperature, top_k, generator, cache)
 
-    @torch.no_grad()  # not inference_mode, so that the tokens can be trained on
+    @torch.no_grad()  # not inference_mode, whose tensors cannot be trained on
     def next_tokens(self, window, max_new_tokens, temperature, top_k, generator, cache):
-        full, read = self.config.block_size, 0  # read: tokens of the window that are in the cache
+        full, cached = self.config.block_size, 0  # cached: tokens of the window in the cache
         for _ in range(max_new_tokens):
             if window.size(1) > full:
-                window, read = window[:, -((full + 1) // 2):], 0
+                window, cached = window[:, -((full + 1) // 2):], 0
             if cache is not None:
-                cache.length = read
-            x = self.hidden_states(window[:, read:], cache)  # (B, T, C)
+                cache.length = cached
+            x = self.hidden_states(window[:, cached:], cache)  # (B, T, C)
             if cache is not None:
-                read = cache.length
+                cached = cache.length
             token = draw(self.lm_head(x[:, -1]), temperature, top_k, generator)  # (B,)
             window = torch.cat((window, token[:, None]), dim=1)
             yield token

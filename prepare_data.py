@@ -34,14 +34,15 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: a script prints its one line and exits with status 2."""
+    """A mistake that the user can fix: a script prints its one line and exits with status 2."""
 
 
 @contextmanager
 def one_line_errors():
     """Around a script: a mistake, a full machine and Ctrl-C end in one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what this terminal cannot show becomes a "?"
+        if hasattr(stream, "reconfigure"):  # what this terminal cannot show becomes a "?"
+            stream.reconfigure(errors="replace")
     try:
         yield
     except BrokenPipeError:  # the reader of our output, e.g. `head`, has closed the pipe
@@ -57,7 +58,7 @@ def one_line_errors():
             raise
         fail(f"out of memory: {error}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command starts again, from what is complete", status=130)
+        fail("interrupted; run it again, finished files are kept", status=130)
 
 
 def fail(message: str, status: int = 2):
@@ -119,9 +120,12 @@ def replace_file(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
-        why = error if isinstance(error, OSError) else "is the disk full?"
-        raise UserError(f"{path} can't be written, and is as it was: {why}") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be written, and is as it was: {error}") from None
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # what torch.save makes of a full disk
+            raise
+        raise UserError(f"{path} can't be written, and is as it was: is the disk full?") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -219,7 +223,8 @@ def split_texts(files: list[Path]):
         return [text[:cut]], [text[cut:]]
     n = min(10, len(files))
     validation = files[n - 1::n]
-    training = [p for p in files if p not in set(validation)]
+    training = list(files)
+    del training[n - 1::n]
     return map(read_text, training), map(read_text, validation)  # read one at a time, when needed
 
 
@@ -282,6 +287,10 @@ def prepare(config: DataConfig) -> Path:
     usual = "gpt2" if dataset == "fineweb" else "byte"
     tokenizer = get_tokenizer(config.tokenizer or usual)
     out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
+    if dataset != name and name in ("", "stdlib", "shakespeare", "fineweb"):
+        raise UserError(f"{dataset}: '{name}' cannot be the name of a data set of yours: rename it")
+    if source == str(out.resolve()):
+        raise UserError(f"{dataset} is where its own data would go: move the text elsewhere")
     if (out / "meta.json").exists() and read_meta(out)["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
@@ -334,7 +343,7 @@ def write_dataset(out: Path, train, val, meta: dict):
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
         write(train_file, "train", train)
         write(val_file, "val", val)
-        # From here until it is written anew nobody can take the old meta.json for the new ids'.
+        # An old meta.json must never describe new ids.
         (out / "meta.json").unlink(missing_ok=True)
     with replace_file(out / "meta.json") as f:
         f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
@@ -347,7 +356,8 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_bytes())
         return {key: meta[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'meta.json'}: {error!r}; delete the folder, prepare it again")
+        raise UserError(f"{folder / 'meta.json'}: {error!r}; delete this file, prepare the data "
+                        "again")
 
 
 def load(dataset: str):
@@ -358,9 +368,12 @@ def load(dataset: str):
     folder = Path("data", dataset)
     if not folder.is_dir():
         folder = Path(dataset)
-    if not folder.is_dir():
-        again = command("python", "prepare_data.py", dataset)
-        raise UserError(f"--dataset {dataset} isn't there yet: {again}")
+    if not (folder / "meta.json").is_file():
+        words = ["python", "prepare_data.py", dataset.removesuffix("-gpt2")]
+        if dataset.endswith("-gpt2"):
+            words += ["--tokenizer", "gpt2"]
+        raise UserError(f"--dataset {dataset} isn't there yet: {command(*words)} prepares it and "
+                        "prints its name")
     meta = read_meta(folder)
     arrays = []
     for part in ("train", "val"):

@@ -17,7 +17,7 @@ import torch
 from model import GPT, GPTConfig, KVCache
 from prepare_data import (UserError, flag, get_tokenizer, one_line_errors, parse_flags,
                           stream_text)
-from train import load_checkpoint, pick_device
+from train import load_checkpoint, pick_device, pick_dtype
 
 
 @dataclass
@@ -48,7 +48,7 @@ def read_prompt(prompt: str) -> str:
 
 def load_model(path: Path, device, dtype) -> tuple[GPT, str]:
     """The model of a checkpoint, and the name of its tokenizer. UserError if it is broken."""
-    ckpt = load_checkpoint(path, device)
+    ckpt = load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
@@ -62,8 +62,9 @@ def main():
     config, _ = parse_flags(SampleConfig, __doc__)
     if config.num_samples < 1:
         raise UserError(f"--num_samples must be at least 1, not {config.num_samples}")
-    device, dtype = pick_device(config.device), getattr(torch, config.dtype)
-    if device.type == "cuda":  # it plans anew for each length, and a text has all lengths
+    device = pick_device(config.device)
+    dtype = pick_dtype(config, device)
+    if device.type == "cuda":  # cuDNN would plan each new length afresh, 0.4 s a time
         torch.backends.cuda.enable_cudnn_sdp(False)
     model, name = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
     tokenizer = get_tokenizer(name)

@@ -377,7 +377,7 @@ def test_variants_of_one_seed_start_alike():
     (dict(n_layer=True), "n_layer must"), (dict(n_embd=None), "n_embd must"),
     (dict(n_embd=36), "n_embd (36) must be n_head (4) x an even"),
     (dict(n_ffn=0), "n_ffn must"), (dict(n_kv_head=0), "n_kv_head must"),
-    (dict(n_kv_head=3, attention="gqa"), "n_kv_head (3) must divide"),
+    (dict(n_kv_head=3, attention="gqa"), "n_kv_head (3, by default half of n_head) must divide"),
     (dict(n_kv_head=2, attention="resformer"), "n_kv_head is for gqa, not for resformer"),
     (dict(attention="resnet"), "attention 'resnet': choose from"), (dict(attention=None), "atten"),
     (dict(attention="cla+cla"), "attention 'cla+cla' has a name twice"),
@@ -390,7 +390,7 @@ def test_variants_of_one_seed_start_alike():
     (dict(residual_layers=()), "residual_layers must name"),
     (dict(residual_layers=(1,)), "residual_layers: layer 1 has no values of its own"),
     (dict(residual_layers=(5, 6)), "residual_layers: there is no layer 6, n_layer is 5"),
-    (dict(residual_layers=(0,)), "residual_layers: there is no layer 0"),
+    (dict(residual_layers=(2.5,)), "residual_layers: there is no layer 2.5"),
     (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: layer 4 has no"),
     (dict(value_residual="learned"), "value_residual must"),
     (dict(value_lambda=(1.0,)), "value_lambda must"),
@@ -453,6 +453,8 @@ def test_draw_follows_the_softmax_of_the_top_k():
     assert got[3] == 0
     everything = torch.bincount(draw(logits, 50.0, None, generator), minlength=4) / 20_000
     assert everything.min() > 0.2
+    ties = draw(torch.zeros(50, 4), 1.0, 2, generator)
+    assert len(set(ties.tolist())) == 2  # not more than top_k
     for temperature in (0, 1e-10, 1e-45, 5e-324):  # any temperature, however small
         assert draw(logits[:50] * 1e4, temperature).eq(0).all()
 
@@ -566,13 +568,15 @@ def test_a_folder_that_may_not_be_listed_is_counted_among_what_is_left_out(folde
 
 
 def test_a_name_is_taken_by_what_came_first(folder):
-    for name in ("stdlib.txt", "other/stdlib.txt"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in ("mine.txt", "other/mine.txt", "stdlib/a.txt", "data/own/a.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"This is {name}. " * 20)
-    prepare(DataConfig("stdlib.txt"))  # a file of the user's, whatever its name
+    prepare(DataConfig("mine.txt"))
     before = contents("data")
-    for other in ("other/stdlib.txt", "stdlib"):
-        with pytest.raises(UserError, match="holds data from elsewhere"):
+    for other, message in (("other/mine.txt", "holds data from elsewhere"),
+                           ("./stdlib/../stdlib", "'stdlib' cannot be the name"),
+                           ("data/own", "is where its own data would go")):
+        with pytest.raises(UserError, match=message):
             prepare(DataConfig(other))
     assert contents("data") == before
 
@@ -904,8 +908,10 @@ def test_what_a_resumed_run_may_change(small_run, capsys):
     assert "--max_steps 12 -> 14" in said
     before, after = (train.learning_rate(replace(small_run, max_steps=n), 12) for n in (12, 14))
     assert f"step 13 goes from {before:.2e} to {after:.2e}" in said
-    train.train(replace(again, max_steps=12))
-    assert "run is complete: 14 of 12 steps" in capsys.readouterr().out
+    train.train(again)
+    assert "run is complete: 14 steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^--max_steps 13: the run in run has 14 steps"):
+        train.train(replace(again, max_steps=13))
     for name, value in dict(lr=1.0, min_lr=0.1, weight_decay=0.9, grad_clip=2.0, warmup_steps=3,
                             seed=5, batch_size=3, grad_accum=2, n_layer=5, attention="cla",
                             block_size=16, value_lambda=(2, 1)).items():
@@ -1238,7 +1244,7 @@ def test_from_data_to_text(folder, script, monkeypatch):
     assert script("train.py", *flags, "--max_steps=7", "--resume")[0] == 0
     assert len(Path("my run/log.jsonl").read_text().splitlines()) == 7
     status, out, _ = script("train.py", *flags, "--max_steps=7", "--resume")
-    assert status == 0 and "my run is complete: 7 of 7 steps" in out
+    assert status == 0 and "my run is complete: 7 steps" in out
 
     flags = ("--out_dir=my run", "--max_new_tokens=40", "--num_samples=2", "--seed=3",
              "--device=cpu")
@@ -1303,12 +1309,14 @@ train.py|--n_layer 6 --residual_layers 6 7|--residual_layers: there is no layer 
 train.py|--dataset nothing|--dataset nothing isn't there yet: python prepare_data.py nothing
 train.py|--dataset odd|train.bin should be
 train.py|--dataset no_val|val.bin should be
+train.py|--dataset data|--dataset data isn't there yet: python prepare_data.py data prepares it
+train.py|--dataset text-gpt2|python prepare_data.py text --tokenizer gpt2 prepares it
 train.py|--dataset no_json|meta.json
 train.py|--dataset list_json|meta.json
 train.py|--block_size 1000000|--block_size 1000000 must be less than
-train.py|--batch_size -2|--batch_size must be at least 1
-train.py|--lr nan|--lr must be at least 0
-train.py|--min_lr -1|--min_lr must be at least 0
+train.py|--batch_size -2|--batch_size must be a finite number of at least 1
+train.py|--lr nan|--lr must be a finite number of at least 0
+train.py|--min_lr -1|--min_lr must be a finite number of at least 0
 train.py|--seed 99999999999999999999999|--seed must be less than 2^62
 train.py|--device tpu|--device tpu
 train.py|--batch_size 100000000000|out of memory

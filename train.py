@@ -94,10 +94,11 @@ class TrainConfig:
     out_dir: str | None = flag(None, "the run's folder (default: out/ and the flags that make it "
                                "another run)", type=str)
     resume: bool = flag(False, "go on from the checkpoint in the run's folder, if there is one")
-    overwrite: bool = flag(False, "start anew in a folder that holds a run")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run, whose checkpoint is "
+                           "replaced at the first evaluation")
 
 
-# Flags that make no other run: with --resume they may differ from what the run began with.
+# Flags that may differ when a run is resumed; all others make it another run.
 FREE = ("max_steps", "device", "dtype", "compile", "eval_every", "eval_tokens", "out_dir",
         "resume", "overwrite")
 
@@ -110,7 +111,7 @@ def check(config: TrainConfig):
     for name, low in AT_LEAST.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
-            raise UserError(f"--{name} must be at least {low}, not {value}")
+            raise UserError(f"--{name} must be a finite number of at least {low}, not {value}")
     if config.seed >= 2**62:
         raise UserError(f"--seed must be less than 2^62, not {config.seed}")
     if config.batch_size % WORLD != 0:
@@ -235,7 +236,7 @@ def evaluate(model, data, config: TrainConfig, device) -> float:
         if len(mine) > 0:
             _, loss = model(*windows(data, mine, config.block_size, device))
             total += loss * len(mine)
-    [mean] = mean_over_processes(device, total * WORLD / n)
+    [mean] = mean_over_processes(device, total * WORLD / n)  # x WORLD: a sum over processes
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}: try a lower --lr; the last checkpoint is "
                         "as it was")
@@ -284,14 +285,16 @@ def train(config: TrainConfig, signals=(), title: str = "", verbose: bool = True
                     scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                       config.grad_clip or math.inf).item()
-                if not math.isfinite(loss if scaler.is_enabled() else loss + norm):
+                overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+                if not math.isfinite(loss + norm) and not overflow:
                     raise UserError(f"step {step + 1}: the loss is {loss}, its gradient's norm "
                                     f"{norm}: try a lower --lr; the last checkpoint is as it was")
                 lr = learning_rate(config, step)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                    scaler.step(optimizer)  # in float16: not if a gradient has overflowed
+                    if not overflow:  # float16 does now and then: that step is left out
+                        optimizer.step()
                     optimizer.zero_grad()
                 scaler.update()
 
@@ -309,11 +312,12 @@ def train(config: TrainConfig, signals=(), title: str = "", verbose: bool = True
                 run.log(record)
                 if stop:
                     break
+        del training_model  # frees the process group; left until later it would wait for ever
     return model, run.history
 
 
 # -------------------------------------------------------------------------------------------------
-# Hardening: what the loop calls by name to survive real machines
+# What the loop calls by name: devices, processes, signals, checkpoints, progress
 
 
 def pick_device(name: str) -> torch.device:
@@ -341,7 +345,7 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """What --dtype means on this device."""
     if device.type == "mps" and config.dtype in ("bfloat16", "float16"):
         # torch's causal attention in bfloat16 on MPS lets a token see later ones.
-        raise UserError(f"--dtype {config.dtype}: on MPS training works in float32 only")
+        raise UserError(f"--dtype {config.dtype}: on MPS only float32 works")
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if device.type != "cuda":
@@ -355,10 +359,10 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def process_group(device: torch.device):
     """Connects the processes that torchrun has started, if it has.
 
-    DistributedDataParallel imports torch.distributed.nn, whose functions take the group that exists
-    at that moment as a default argument, and so keep it, and its threads, alive for ever: at exit
-    such a thread can wait for an interpreter that is gone, which aborts the process. Imported
-    earlier, as above, it finds no group to keep.
+    At the end nothing may keep the group alive: its threads would wait for an interpreter that waits
+    for them, or abort the process at its exit. So torch.distributed.nn, which takes a group that
+    exists as a default argument, is imported above, before there is one, and train() deletes its
+    DistributedDataParallel first.
     """
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -445,9 +449,11 @@ class Run:
                 with replace_file(self.folder / "log.jsonl") as f:
                     f.writelines(json.dumps(r).encode() + b"\n" for r in self.history)
             self.began = self.last_line = time.monotonic()
+            only_on_a_terminal = None  # what tqdm calls it
             self.bar = tqdm(total=self.config.max_steps, initial=len(self.history), unit="step",
-                            desc=self.title or None, disable=True if RANK > 0 else None)
-            with self.bar:  # disable=None: only on a terminal
+                            desc=self.title or None,
+                            disable=only_on_a_terminal if RANK == 0 else True)
+            with self.bar:
                 self.announce(device)
                 self.first = len(self.history)
                 yield
@@ -455,22 +461,20 @@ class Run:
     def announce(self, device):
         c, done = self.config, len(self.history)
         if done >= c.max_steps:
-            self.say(f"{self.folder} is complete: {done} of {c.max_steps} steps")
+            self.say(f"{self.folder} is complete: {done} steps")
             return
         tokens = c.grad_accum * c.batch_size * c.block_size
         self.say(f"{c.attention}: {self.model.num_params():,} parameters on {device}, {tokens:,} "
                  f"tokens a step, run in {self.folder}")
 
     def restore(self, device):
-        """Brings everything to where the run in the folder has come. UserError if there is one and
-        it isn't to be resumed, if it is another run, or if its checkpoint is broken."""
+        """Loads the checkpoint in the folder, if there is one. UserError without --resume, if it is
+        another run's, or if it is broken."""
         path = self.folder / "ckpt.pt"
         if not path.exists():
             return
         if self.config.overwrite:
-            if RANK == 0:
-                path.unlink()
-            return
+            return  # the first save replaces it
         if not self.config.resume:
             raise UserError(f"{self.folder} holds a run: --resume goes on with it, --overwrite "
                             "starts anew")
@@ -484,12 +488,14 @@ class Run:
                 self.scaler.load_state_dict(ckpt["scaler"])
             self.history = list(ckpt["history"])
             before = TrainConfig(**ckpt["config"])
-            n = len(self.history)
-            rates = [learning_rate(c, n) for c in (before, self.config)]
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path} can't be resumed, it is broken: {error!r:.200}") from None
-        if RANK == 0 and n < self.config.max_steps != before.max_steps:
-            print(f"--max_steps {before.max_steps} -> {self.config.max_steps} moves the end of the "
+        n, max_steps = len(self.history), self.config.max_steps
+        if n > max_steps:
+            raise UserError(f"--max_steps {max_steps}: the run in {self.folder} has {n} steps")
+        if RANK == 0 and n < max_steps and max_steps != before.max_steps:
+            rates = [learning_rate(c, n) for c in (before, self.config)]
+            print(f"--max_steps {before.max_steps} -> {max_steps} moves the end of the "
                   f"cosine: the learning rate of step {n + 1} goes from {rates[0]:.2e} to "
                   f"{rates[1]:.2e}")
 
@@ -570,15 +576,13 @@ def check_agreement(step: int, sha256: str):
 
 
 def report(config: TrainConfig, model: GPT, history: list[dict]):
-    """Prints what a run came to: its loss, its KV cache next to vanilla's, a sample of its text."""
+    """Prints the result of a run: its loss, its KV cache next to vanilla's, a sample of its text."""
     c = model.config
-    evaluations = [record for record in history if "val_loss" in record]
-    if not evaluations:
+    last = history[-1]
+    if "val_loss" not in last:  # stopped here by a signal, then completed by a smaller --max_steps
+        print(f"{c.attention}: not evaluated after step {last['step']}")
         return
-    last = evaluations[-1]
-    cache = model.kv_bytes_per_token()
-    vanilla = GPT(GPTConfig(c.vocab_size, c.block_size, c.n_layer, c.n_head, n_embd=c.n_embd,
-                            attention="vanilla")).kv_bytes_per_token()
+    cache, vanilla = model.kv_bytes_per_token(), 2 * c.n_layer * c.n_embd * 4
     print(f"{c.attention}: validation loss {last['val_loss']:.4f} nats per token, "
           f"{last['bits_per_byte']:.4f} bits per byte\n"
           f"KV cache: {cache:,} bytes per token in float32, {cache / vanilla:.0%} of vanilla's")
