@@ -436,7 +436,7 @@ class GPT(nn.Module):
         longer prompt is cut likewise. A bad argument is a ValueError that begins with its name.
         """
         V, full = self.config.vocab_size, self.config.block_size
-        require(idx.dim() == 2 and idx.numel() > 0, f"idx {tuple(idx.shape)} isn't (B, T) with tokens")
+        require(idx.dim() == 2 and idx.numel() > 0, f"idx has shape {tuple(idx.shape)}, not (B, T)")
         require(0 <= idx.min() and idx.max() < V, f"idx has tokens outside a vocabulary of {V}")
         require(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
         require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")

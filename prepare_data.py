@@ -239,9 +239,8 @@ def encode_texts(texts, tokenizer):
 def read_shards(paths, tokenizer):
     """Yields (ids, bytes of text) of each shard of FineWeb, which is downloaded if need be: 256
     int32, the first of which are 20240520, 1, and how many ids follow, then the ids as uint16."""
-    lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # bytes of each token; END_OF_TEXT has 0
-    for i in range(tokenizer.eot_token):
-        lengths[i] = len(tokenizer.decode_single_token_bytes(i))
+    lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
+    lengths = np.array([*lengths, 0])  # bytes of each token; END_OF_TEXT, the last, has none
     for path in paths:
         if not path.exists():
             download(FINEWEB_URL + path.name, path)
@@ -329,20 +328,16 @@ def find_texts(dataset: str, path: Path, out: Path) -> list[Path]:
 def write_dataset(out: Path, train, val, meta: dict):
     """Writes train.bin, val.bin and meta.json from the (ids, bytes of text) of train and val."""
     sha256 = hashlib.sha256()
-
-    def write(f, part, pieces):
-        meta[f"{part}_tokens"] = meta[f"{part}_bytes"] = 0
-        for ids, n_bytes in tqdm(pieces, desc=part, unit=" pieces"):
-            data = ids.astype("<u2").tobytes()
-            sha256.update(data)
-            f.write(data)
-            meta[f"{part}_tokens"] += len(ids)
-            meta[f"{part}_bytes"] += n_bytes
-
     out.mkdir(parents=True, exist_ok=True)
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
-        write(train_file, "train", train)
-        write(val_file, "val", val)
+        for part, f, pieces in (("train", train_file, train), ("val", val_file, val)):
+            meta[f"{part}_tokens"] = meta[f"{part}_bytes"] = 0
+            for ids, n_bytes in tqdm(pieces, desc=part, unit=" pieces"):
+                data = ids.astype("<u2").tobytes()
+                f.write(data)
+                sha256.update(data)
+                meta[f"{part}_tokens"] += len(ids)
+                meta[f"{part}_bytes"] += n_bytes
         # An old meta.json must never describe new ids.
         (out / "meta.json").unlink(missing_ok=True)
     with replace_file(out / "meta.json") as f:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from prepare_data import (UserError, flag, get_tokenizer, one_line_errors, parse_flags,
                           stream_text)
 from train import load_checkpoint, pick_device, pick_dtype
@@ -72,16 +72,12 @@ def main():
     if not ids:
         raise UserError("--prompt has no text")
     idx = torch.tensor([ids], device=device)  # (1, T)
-    cache = None
-    if not config.no_cache:
-        longest = min(model.config.block_size, len(ids) + max(0, config.max_new_tokens))
-        cache = KVCache(model.config, 1, longest, device, dtype)
 
     start = time.perf_counter()
     for i in range(config.num_samples):
         try:
             tokens = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k,
-                                    config.seed + i, use_cache=not config.no_cache, cache=cache)
+                                    config.seed + i, use_cache=not config.no_cache)
         except ValueError as error:  # begins with the argument's name
             raise UserError(f"--{error}") from None
         print(tokenizer.decode(ids), end="")
@@ -89,8 +85,8 @@ def main():
             print(text, end="", flush=True)
         print("\n" + "-" * 80)
     rate = config.num_samples * config.max_new_tokens / (time.perf_counter() - start)
-    held = "no KV cache" if cache is None else f"a KV cache of {cache.nbytes:,} bytes"
-    print(f"{rate:,.0f} tokens/s with {held}", file=sys.stderr)
+    held = f"{model.kv_bytes_per_token(dtype):,} bytes of KV cache per token"
+    print(f"{rate:,.0f} tokens/s, {'no KV cache' if config.no_cache else held}", file=sys.stderr)
 
 
 if __name__ == "__main__":

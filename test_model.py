@@ -1251,7 +1251,7 @@ def test_from_data_to_text(folder, script, monkeypatch):
     (folder / "prompt.txt").write_text("To bé", encoding="utf-8")
     _, expected, error = script("sample.py", *flags, "--prompt=To bé")
     assert expected.count("To bé") == 2 and "\n" + "-" * 80 in expected
-    assert "10,240 bytes" in error  # 32 tokens x (4 + 1) x 16 numbers x 4 bytes
+    assert "320 bytes of KV cache per token" in error  # (4 + 1) x 16 numbers x 4 bytes
     without = script("sample.py", *flags, "--prompt=To bé", "--no_cache")
     assert without[1] == expected and "no KV cache" in without[2]
     assert script("sample.py", *flags, "--prompt=FILE:prompt.txt")[1] == expected

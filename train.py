@@ -248,8 +248,7 @@ def train(config: TrainConfig, signals=(), title: str = "", verbose: bool = True
     step, loss (nats per token), lr and seconds, after an evaluation also val_loss, bits_per_byte.
 
     As soon as there is something in the list signals, the run is saved and returned as it is.
-    title labels the progress; verbose=False prints nothing but that. Raises UserError.
-    """
+    title labels the progress; verbose=False prints nothing but that. Raises UserError."""
     check(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
@@ -312,7 +311,7 @@ def train(config: TrainConfig, signals=(), title: str = "", verbose: bool = True
                 run.log(record)
                 if stop:
                     break
-        del training_model  # frees the process group; left until later it would wait for ever
+        del training_model  # see process_group
     return model, run.history
 
 
@@ -359,10 +358,10 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def process_group(device: torch.device):
     """Connects the processes that torchrun has started, if it has.
 
-    At the end nothing may keep the group alive: its threads would wait for an interpreter that waits
-    for them, or abort the process at its exit. So torch.distributed.nn, which takes a group that
-    exists as a default argument, is imported above, before there is one, and train() deletes its
-    DistributedDataParallel first.
+    Nothing may keep the group alive after this: its threads could wait for ever for an interpreter
+    that waits for them, or abort the process at its exit. So torch.distributed.nn, whose functions
+    take a group that exists as a default argument, is imported above, before there is one, and
+    train() deletes its DistributedDataParallel before the end.
     """
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -433,6 +432,7 @@ class Run:
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.title, self.verbose = title, verbose
         self.folder = run_folder(config)
+        self.tokens = config.grad_accum * config.batch_size * config.block_size  # in a step
         self.history = []
 
     @contextmanager
@@ -454,18 +454,13 @@ class Run:
                             desc=self.title or None,
                             disable=only_on_a_terminal if RANK == 0 else True)
             with self.bar:
-                self.announce(device)
                 self.first = len(self.history)
+                if self.first == self.config.max_steps:
+                    self.say(f"{self.folder} is complete: {self.first} steps")
+                else:
+                    self.say(f"{self.config.attention}: {self.model.num_params():,} parameters on "
+                             f"{device}, {self.tokens:,} tokens a step, run in {self.folder}")
                 yield
-
-    def announce(self, device):
-        c, done = self.config, len(self.history)
-        if done >= c.max_steps:
-            self.say(f"{self.folder} is complete: {done} steps")
-            return
-        tokens = c.grad_accum * c.batch_size * c.block_size
-        self.say(f"{c.attention}: {self.model.num_params():,} parameters on {device}, {tokens:,} "
-                 f"tokens a step, run in {self.folder}")
 
     def restore(self, device):
         """Loads the checkpoint in the folder, if there is one. UserError without --resume, if it is
@@ -533,8 +528,7 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as f:
             print(json.dumps(record), file=f)
         c, step, now = self.config, record["step"], time.monotonic()
-        rate = c.grad_accum * c.batch_size * c.block_size / record["seconds"]
-        text = f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s"
+        text = f"loss {record['loss']:.3f}, {self.tokens / record['seconds']:,.0f} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and now - self.last_line >= 30:
@@ -576,7 +570,7 @@ def check_agreement(step: int, sha256: str):
 
 
 def report(config: TrainConfig, model: GPT, history: list[dict]):
-    """Prints the result of a run: its loss, its KV cache next to vanilla's, a sample of its text."""
+    """Prints the result of a run: its loss, its KV cache next to vanilla's, a sample of text."""
     c = model.config
     last = history[-1]
     if "val_loss" not in last:  # stopped here by a signal, then completed by a smaller --max_steps
