@@ -449,10 +449,9 @@ class Run:
                 with replace_file(self.folder / "log.jsonl") as f:
                     f.writelines(json.dumps(r).encode() + b"\n" for r in self.history)
             self.began = self.last_line = time.monotonic()
-            only_on_a_terminal = None  # what tqdm calls it
+            hidden = None if RANK == 0 else True  # None: shown on a terminal only
             self.bar = tqdm(total=self.config.max_steps, initial=len(self.history), unit="step",
-                            desc=self.title or None,
-                            disable=only_on_a_terminal if RANK == 0 else True)
+                            desc=self.title or None, disable=hidden)
             with self.bar:
                 self.first = len(self.history)
                 if self.first == self.config.max_steps:
