@@ -941,8 +941,12 @@ def test_it_trains_in_a_thread_and_nothing_stays_locked_after_an_error(small_run
     thread.start()
     thread.join()
     assert len(histories[0]) == 12
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
-        patch.setattr(train, "learning_rate", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(train, "learning_rate", interrupted)
         run(replace(small_run, out_dir="other"))
     assert len(run(replace(small_run, out_dir="other", resume=True))) == 12 and kept
 
@@ -1082,7 +1086,7 @@ def test_off_a_terminal_a_line_comes_every_30_seconds(small_run, monkeypatch, ca
     clock = iter(range(0, 10_000, 11))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
     train.train(replace(small_run, eval_every=100), title="run 2 of 9")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "minutes left" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "minutes left" in line]
     assert [line.split(",")[0] for line in lines] == [
         f"run 2 of 9: step {n} of 12" for n in (3, 6, 9, 12)]
     assert lines[0].endswith("1.6 minutes left")  # 33 seconds for 3 steps, 9 to come
@@ -1268,7 +1272,8 @@ def test_what_a_terminal_cannot_show_is_replaced(folder, script, monkeypatch):
     for encoding, name, *flags in (
             ("ascii", "prepare_data.py", "漢字.txt"),
             ("cp1252", "train.py", "--dataset=漢字", "--out_dir=漢", "--max_steps=2", *SMALL[1:]),
-            ("cp1252", "sample.py", "--out_dir=漢", "--prompt=漢", "--max_new_tokens=1")):
+            ("cp1252", "sample.py", "--out_dir=漢", "--prompt=漢", "--max_new_tokens=1",
+             "--device=cpu")):
         with monkeypatch.context() as patch:
             terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
             patch.setattr(sys, "stdout", terminal)
@@ -1497,6 +1502,22 @@ def test_a_signal_saves_and_says_how_to_go_on(small_run, number):
 
 
 @posix
+def test_a_signal_in_the_last_evaluation_is_honoured(small_run, script, monkeypatch, capfd):
+    evaluate = train.evaluate
+
+    def late(*args):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", late)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--max_steps=2", "--out_dir=r"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    printed = capfd.readouterr()
+    assert ended.value.code == 130 and "stopped after step 2, saved" in printed.err
+    assert "KV cache" not in printed.out  # no report, as if nothing had happened
+
+
 def test_a_second_signal_ends_the_process_at_once():
     code = """if True:
         import os, signal, sys

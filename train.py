@@ -535,7 +535,7 @@ class Run:
             left = (now - self.began) / (step - self.first) * (c.max_steps - step)
             label = f"{self.title}: " if self.title else ""
             print(f"{label}step {step} of {c.max_steps}, {text}, {left / 60:.1f} minutes left",
-                  flush=True)
+                  file=sys.stderr, flush=True)
         if "val_loss" in record:
             self.say(f"step {step}: validation loss {record['val_loss']:.4f} nats per token, "
                      f"{record['bits_per_byte']:.4f} bits per byte")
