@@ -373,13 +373,13 @@ def test_variants_of_one_seed_start_alike():
 
 
 @pytest.mark.parametrize("changes, begins", [
-    (dict(vocab_size=0), "vocab_size must"), (dict(n_layer=2.0), "n_layer must"),
-    (dict(n_layer=True), "n_layer must"), (dict(n_embd=None), "n_embd must"),
+    (dict(vocab_size=0), "vocab_size must"), (dict(n_layer=True), "n_layer must"),
+    (dict(n_embd=None), "n_embd must"),
     (dict(n_embd=36), "n_embd (36) must be n_head (4) x an even"),
-    (dict(n_ffn=0), "n_ffn must"), (dict(n_kv_head=0), "n_kv_head must"),
+    (dict(n_ffn=0), "n_ffn must"),
     (dict(n_kv_head=3, attention="gqa"), "n_kv_head (3, by default half of n_head) must divide"),
     (dict(n_kv_head=2, attention="resformer"), "n_kv_head is for gqa, not for resformer"),
-    (dict(attention="resnet"), "attention 'resnet': choose from"), (dict(attention=None), "atten"),
+    (dict(attention=None), "attention 'None': choose from"),
     (dict(attention="cla+cla"), "attention 'cla+cla' has a name twice"),
     (dict(attention="vanilla+gqa"), "attention 'vanilla+gqa': vanilla means"),
     (dict(attention="resformer+svformer"), "attention 'resformer+svformer': svformer has no V_n"),
@@ -393,7 +393,6 @@ def test_variants_of_one_seed_start_alike():
     (dict(residual_layers=(2.5,)), "residual_layers: there is no layer 2.5"),
     (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: layer 4 has no"),
     (dict(value_residual="learned"), "value_residual must"),
-    (dict(value_lambda=(1.0,)), "value_lambda must"),
     (dict(value_lambda=(1, math.nan)), "value_lambda must"),
     (dict(value_residual="plus", value_lambda=(1, 1)), "value_lambda is for fixed"),
     (dict(attention="vanilla", value_lambda=(2, 1)), "value_lambda is for resformer, not for van"),
@@ -414,20 +413,20 @@ def generate(model, idx, n, **options):
     return torch.stack(list(model.generate(idx, n, **options)), dim=1)
 
 
-@pytest.mark.parametrize("attention", ["resformer", "svformer", "crosslayer", "cla+gqa"])
+@pytest.mark.parametrize("attention", ["crosslayer", "svformer+cla+gqa"])
 def test_greedy_text_is_the_argmax_in_a_sliding_window(attention):
     model, prompt = tiny_model(attention), tokens(T=5)
     window, expected = prompt, []
-    for _ in range(70):  # 32 fit: the window slides more than once
+    for _ in range(50):  # 32 fit: the window slides more than once
         if window.size(1) > 32:
             window = window[:, -16:]
         best = model(window)[0][:, -1].argmax(dim=-1)
         expected.append(best)
         window = torch.cat((window, best[:, None]), dim=1)
     expected = torch.stack(expected, dim=1)
-    assert torch.equal(generate(model, prompt, 70, temperature=0), expected)
-    assert torch.equal(generate(model, prompt, 70, temperature=0, use_cache=False), expected)
-    assert torch.equal(generate(model, prompt, 70, top_k=1, seed=5), expected)
+    assert torch.equal(generate(model, prompt, 50, temperature=0), expected)
+    assert torch.equal(generate(model, prompt, 50, temperature=0, use_cache=False), expected)
+    assert torch.equal(generate(model, prompt, 50, top_k=1, seed=5), expected)
 
 
 def test_a_seed_fixes_the_text_and_the_cache_that_is_given_is_used():
@@ -642,7 +641,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{httpd.server_port}/"
     monkeypatch.setattr(prepare_data, "FINEWEB_URL", url)
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url + "input.txt")
@@ -748,13 +747,13 @@ def same_weights(a, b):
 
 @pytest.mark.parametrize("attention", [*VARIANTS, "svformer+gqa"])
 def test_training_learns(small_run, attention):
-    config = replace(small_run, attention=attention, max_steps=30, lr=1e-2)
+    config = replace(small_run, attention=attention, max_steps=30, eval_every=12, lr=1e-2)
     model, history = train.train(config, verbose=False)
     assert [record["step"] for record in history] == list(range(1, 31))
     assert history[-1]["val_loss"] < history[0]["loss"] - 0.5
     assert history[-1]["bits_per_byte"] == pytest.approx(history[-1]["val_loss"] / math.log(2))
     assert history == [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in history if "val_loss" in r] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert [r["step"] for r in history if "val_loss" in r] == [12, 24, 30]
     saved = sample.load_model(Path("run/ckpt.pt"), "cpu", torch.float32)[0]
     assert torch.equal(saved(tokens())[0], model(tokens())[0])
 
@@ -765,7 +764,7 @@ def test_mixed_precision_is_close_and_resumes_exactly(small_run, dtype):
     exact, rounded = run(replace(config, dtype="float32", out_dir="exact")), run(config)
     assert rounded[-1]["val_loss"] == pytest.approx(exact[-1]["val_loss"], rel=0.02)
     assert rounded[-1]["val_loss"] != exact[-1]["val_loss"]
-    run(replace(config, out_dir="stopped", eval_every=7), signals=[15])  # after one step
+    run(replace(config, out_dir="stopped"), signals=[signal.SIGTERM])  # after one step
     run(replace(config, out_dir="stopped", resume=True))
     assert same_weights("run/ckpt.pt", "stopped/ckpt.pt")
     scaler = torch.load("run/ckpt.pt", weights_only=True)["scaler"]
@@ -1350,7 +1349,6 @@ sample.py|--out_dir run --max_new_tokens -1|--max_new_tokens must be
 bench.py|--variants resnet|--variants 'resnet': choose from
 bench.py|--variants gqa gqa|--variants has a value twice
 bench.py|--rounds 0|--rounds
-bench.py|--parts los|--parts
 bench.py|--attention cla|--attention
 bench.py|--out_dir strange|results.jsonl
 """.strip().splitlines()]
