@@ -1,25 +1,25 @@
-"""The comparison: every system trained on the same tokens in the same order; its loss, KV cache,
-speed and attention concentration side by side.
+"""The comparison: every system trained on the same tokens in the same order; then its loss, KV
+cache, attention, a task and its speed side by side.
 
-    python bench.py                      nine systems x three seeds, 75 minutes on two CPU cores
+    python bench.py                      ten systems x three seeds, an hour and a half on two cores
     python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
-    python bench.py --variants vanilla resformer --n_layer 16          any flag of train.py
-    python bench.py --variants vanilla resformer "resformer --value_lambda 2 1"    a variant's own
-    python bench.py --variants vanilla svformer --block_size 64 256 --lr 1e-3 4e-3     a sweep
+    python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --name lambda
+    python bench.py --size 82M --parts cache --contexts 2048 65536
+    python bench.py --show assets/results.jsonl --name main        what was measured before
 
 The first variant is what the others are compared with, seed by seed: a pair has the same data in
-the same order, and the same initial weights where both have them. Each measurement is a line in
-out/bench/results.jsonl; what is there is not done again, so a bench that was stopped goes on.
+the same order, and the same initial weights where both have them. A difference is given with its
+95% interval. Every run is a line in out/bench/results.jsonl; what is there is not measured again.
 """
 
-import itertools
+import ast
+import hashlib
 import json
 import math
 import platform
-import re
+import shutil
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -29,147 +29,221 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import USED_BY, GPT, GPTConfig, KVCache, rotate
+from model import USED_BY, GPT, KVCache, rotate
 from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data, make_model,
                    make_optimizers, model_config, pick_device, pick_dtype, train, windows)
 
-QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_tokens=16384,
-             rounds=3)
-PAPER_CACHES = (("82M", 2048, torch.float32), ("82M", 65536, torch.bfloat16),
-                ("468M", 2048, torch.float32), ("468M", 65536, torch.bfloat16))
+SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
+           "cla", "svformer+gqa", "cla+gqa")
 PARTS = ("loss", "cache", "speed")
+QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_tokens=16384,
+             questions=400, rounds=3)
+
+# What a variant may set for itself: its model and its optimizer. Everything else is shared, so that
+# a pair of runs differs in nothing but the variant.
+OWN_FLAGS = {"attention", "size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
+             "value_residual", "value_lambda", "residual_layers", "neutreno_lambda", "optimizer",
+             "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
+FILES = {"out_dir", "resume", "overwrite"}  # flags of no consequence for what is measured
 
 
 @dataclass
 class BenchConfig(TrainConfig):
-    variants: tuple = flag(("vanilla", "resformer", "svformer", "neutreno", "denseformer", "gqa",
-                            "cla", "svformer+gqa", "cla+gqa"), "what to compare, the first with "
-                           "all others; names as in train.py, or in quotes a name and flags of "
-                           "its own", nargs="+", type=str)
+    variants: tuple = flag(SYSTEMS, "what to compare, the first with all others: names as in "
+                           "--attention, or in quotes a name and flags of its own", nargs="+",
+                           type=str, group="comparison")
     seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", type=int)
-    block_size: tuple = flag((128,), "context in tokens, or several; --batch_size is the first "
-                             "one's, the others get as many tokens a step", nargs="+", type=int)
-    lr: tuple = flag((4e-3,), "highest learning rate, or several", nargs="+", type=float)
-    parts: tuple = flag(PARTS, "what to measure; loss includes attention concentration", nargs="+",
+    parts: tuple = flag(PARTS, "what to measure; loss includes attention and the task", nargs="+",
                         type=str, choices=PARTS)
-    contexts: tuple = flag((128, 4096), "speed: tokens in the cache while decoding", nargs="+",
-                           type=int)
+    questions: int = flag(4000, "questions of the task")
+    contexts: tuple = flag((128, 4096), "tokens in the cache; decoding is timed at the largest",
+                           nargs="+", type=int)
     decode_batch: int = flag(8, "speed: sequences that are decoded at once")
-    rounds: int = flag(15, "speed: turns, of which the median is taken")
-    quick: bool = flag(False, "one seed, 80 steps, 3 turns: minutes, and noise")
+    rounds: int = flag(9, "speed: turns, of which the median is taken")
+    start_token: bool = flag(False, "show attention with an end-of-text before each sequence")
+    quick: bool = flag(False, "one seed, 80 steps: minutes, and noise")
+    name: str = flag("main", "the experiment that the results belong to")
+    show: str | None = flag(None, "print and draw the results in this file, measure nothing",
+                            type=str)
+    fresh: bool = flag(False, "measure anew what other code has measured")
     out_dir: str = flag("out/bench", "the folder of results.jsonl, the figures and the runs")
-    attention: str = "vanilla"  # these four are no flags here: variants, seeds, always, never
+    attention: str = "vanilla"  # no flags here: --variants and --seeds are, and runs are resumed
     seed: int = 1
     resume: bool = True
     overwrite: bool = False
 
 
-def list_runs(config: BenchConfig) -> list[tuple]:
-    """All runs, the first seed's first, as (block_size, lr, variant, the run's TrainConfig).
-    Raises UserError before any work."""
-    for name in ("variants", "seeds", "block_size", "lr", "contexts"):
-        if len(set(values := getattr(config, name))) < len(values):
-            raise UserError(f"--{name} has a value twice: {' '.join(map(str, values))}")
-    if min(*config.contexts, config.decode_batch, config.rounds) < 1:
-        raise UserError("--contexts, --decode_batch and --rounds must be at least 1")
-    shared, runs = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}, []
-    for seed, block_size, lr, variant in itertools.product(
-            config.seeds, config.block_size, config.lr, config.variants):
-        batch_size = max(1, config.batch_size * config.block_size[0] // max(1, block_size))
-        try:
-            own, names = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
-            flags = shared | dict(seed=seed, block_size=block_size, lr=lr, batch_size=batch_size)
-            for name, user in USED_BY.items():  # shared flags reach the variants that use them
-                if user not in own.attention.split("+"):
-                    flags[name] = getattr(TrainConfig, name)
-            run = TrainConfig(**flags | {name: getattr(own, name) for name in names})
-            check(run)
-        except UserError as error:
-            raise UserError(str(error).replace("--attention", "--variants")) from None
-        runs.append((block_size, lr, variant, run))
+def list_runs(config: BenchConfig) -> list[TrainConfig]:
+    """All runs, the first seed's first. Raises UserError before any work."""
+    for name in ("variants", "seeds", "contexts"):
+        if len(set(getattr(config, name))) < len(getattr(config, name)):
+            raise UserError(f"--{name} has a value twice")
+    if min(*config.contexts, config.decode_batch, config.rounds, config.questions) < 1:
+        raise UserError("--contexts, --decode_batch, --rounds and --questions must be at least 1")
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    runs = []
+    for seed in config.seeds:
+        for variant in config.variants:
+            try:
+                own, given = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
+                if not given <= OWN_FLAGS:
+                    raise UserError(f"--{sorted(given - OWN_FLAGS)[0]} is for all variants alike: "
+                                    "give it outside the quotes")
+                flags = shared | dict(seed=seed)
+                for name, user in USED_BY.items():  # only for the variants that use them
+                    if user not in own.attention.split("+"):
+                        flags[name] = getattr(TrainConfig, name)
+                run = TrainConfig(**flags | {name: getattr(own, name) for name in given})
+                check(run)
+            except UserError as error:
+                raise UserError(f"--variants {variant}: {error}") from None
+            runs.append(run)
     return runs
 
 
-class Results(dict):
-    """results.jsonl as {name: record}. A name holds all that a measurement depends on."""
+# -------------------------------------------------------------------------------------------------
+# Records
 
-    def __init__(self, folder: Path, device: torch.device, data_sha256: str):
-        info = Path("/proc/cpuinfo")
-        cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-        machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-                   f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads")
-        self.path, self.about = folder / "results.jsonl", dict(
-            date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
-            python=platform.python_version(), data_sha256=data_sha256)
+
+def fingerprint() -> str:
+    """Of the code that makes the numbers, model.py and train.py, whatever its comments say."""
+    digest = hashlib.sha256()
+    for file in ("model.py", "train.py"):
+        tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            if documented and ast.get_docstring(node) is not None:
+                node.body[0].value = ast.Constant("")
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a results file. A line that a kill has cut is skipped."""
+    records = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for i, line in enumerate(lines, start=1):
         try:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            super().__init__({record["name"]: record for record in map(json.loads, lines)})
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{self.path} isn't what bench.py writes: move it away") from None
-
-    def name(self, part: str, run: TrainConfig, **settings) -> str:
-        text = json.dumps([part, self.flags(run), settings, self.about["data_sha256"]])
-        return f"{part}-{run.attention}-{run.seed}-{zlib.crc32(text.encode()):08x}"
-
-    def flags(self, run: TrainConfig) -> dict:
-        return {k: v for k, v in asdict(run).items()
-                if k not in ("out_dir", "resume", "overwrite")}
-
-    def once(self, measure, part: str, run: TrainConfig, **settings) -> dict:
-        """The record of this name; if there is none yet, of what measure() returns."""
-        name = self.name(part, run, **settings)
-        if name not in self:
-            record = dict(name=name, **self.about, flags=self.flags(run), **settings, **measure())
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as f:
-                print(json.dumps(record), file=f)
-            self[name] = json.loads(json.dumps(record))
-        return self[name]
+            record = json.loads(line)
+        except ValueError:
+            if line.strip():
+                print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
+            continue
+        if not isinstance(record, dict) or not {"name", "kind", "variant", "flags"} <= set(record):
+            raise UserError(f"{path}, line {i} isn't what bench.py writes: move the file away")
+        records.append(record)
+    return records
 
 
-# ---- loss and attention concentration -----------------------------------------------------------
+def write_record(path: Path, record: dict):
+    """Appends a line in one write, so that two benches can share a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as f:
+        whole = path.stat().st_size == 0 or path.read_bytes()[-1:] == b"\n"
+        f.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
+
+
+class Results:
+    """What results.jsonl holds, and what is put into it."""
+
+    def __init__(self, config: BenchConfig, device: torch.device):
+        self.path = Path(config.out_dir, "results.jsonl")
+        self.name, self.fresh = config.name, config.fresh
+        self.records = read_records(self.path)
+        machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            machine = torch.cuda.get_device_name(device)
+        self.about = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
+                          code=fingerprint())
+        self.reused, self.outdated = [], 0
+
+    def find(self, same: dict) -> dict | None:
+        """The newest record in which all of same stands, whatever experiment it belongs to."""
+        for record in reversed(self.records):
+            if all(record.get(key) == value for key, value in same.items()):
+                if record["code"] == self.about["code"]:
+                    return record
+                if not self.fresh:
+                    self.outdated += 1
+                    return record
+        return None
+
+    def once(self, kind: str, variant: str, flags: dict, measure, **settings) -> dict:
+        """The record of this measurement; of what measure() returns, if there is none yet."""
+        same = json.loads(json.dumps(dict(kind=kind, flags=flags, **settings)))
+        found = self.find(same)
+        if found is not None:
+            self.reused.append(found["date"])
+            if (found["name"], found["variant"]) == (self.name, variant):
+                return found
+            record = found | dict(name=self.name, variant=variant)
+        else:
+            record = dict(name=self.name, variant=variant) | same | self.about | measure()
+        write_record(self.path, record)
+        self.records.append(record)
+        return record
+
+    def say_what_was_reused(self, total: int):
+        if self.reused:
+            dates = " and ".join(sorted({min(self.reused), max(self.reused)}))
+            print(f"reused {len(self.reused)} of {total} measurements, of {dates}")
+        if self.outdated:
+            print(f"WARNING: {self.outdated} of them were made by other code than today's model.py "
+                  "and train.py; --fresh measures them anew")
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention, by layer
+
+# name in a record: (what it is, in a table; digits)
+MEASURES = {
+    "entropy": ("entropy of token importance, nats", 2),
+    "top": ("share of the most important token", 3),
+    "first": ("attention to the first token", 3),
+    "value_norm": ("first token's value norm / the others'", 2),
+    "hidden_norm": ("first token's hidden norm / the others'", 2),
+    "similarity": ("cosine of two tokens' hidden states", 3),
+    "eigenvalue": ("largest eigenvalue of the values", 2),
+    "rank": ("effective rank of the values", 1),
+}
 
 
 @torch.no_grad()
-def concentration(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
-    """How much attention concentrates, per layer, as means over the sequences idx (B, T):
+def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list]:
+    """MEASURES for each layer, as means over the sequences idx (B, T), and "importance" (L, T).
 
-    entropy: of token importance, in nats. A layer's attention, averaged over heads, summed over
-        queries and normalised over keys, says how important each token is (the paper's eq. 11);
-        at most ln T, and low where a few tokens have it all.
-    sink: the attention that the queries after the first pay to the first token.
-    value_drain: norm of the first token's value, as attention uses it, over the others' mean norm.
-    hidden_drain: the same of the hidden states after the block.
-    similarity: mean cosine similarity of two positions' hidden states after the block.
-    """
-    found = {name: [] for name in MEASURES[1:]}
+    A layer's attention, averaged over heads, summed over queries and normalised over keys, says how
+    important each token is (arXiv 2410.17897, eq. 11). "first" is what the queries after the first
+    pay to the first token. Values are those that attention uses, V_n mixed with V_1 where it is.
+    "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12); it grows with the values' norm, so
+    "rank" is the fair form: exp of the entropy of the spectrum divided by its sum."""
+    found = {name: [] for name in (*MEASURES, "importance")}
 
-    def drain(x):  # (B, T, numbers)
+    def first_over_others(x):  # (B, T, numbers)
         norms = x.norm(dim=-1)
         return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
 
     def after_attention(attention, inputs, outputs):
         x, rope, _, _, _, k1, _, _, _ = inputs
         _, k, v = outputs
-        c, T = attention.config, x.size(1)
-        crosslayer = "crosslayer" in c.variants and attention.n > 1
-        k = torch.cat((k1, k), dim=2) if crosslayer else k
-        q = rotate(attention.split_heads(attention.q_proj(x)), *rope)
-        k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T or 2 T, hs)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        future = future.repeat(1, k.size(2) // T)
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(c.head_dim)).masked_fill(future, -math.inf)
-        A = scores.softmax(dim=-1).mean(dim=1)  # (B, T queries, T or 2 T keys)
-        A = A.unflatten(-1, (-1, T)).sum(dim=2)  # crosslayer: a token's keys of both layers
-        importance = A.sum(dim=1) / T  # (B, T), sums to 1
+        A = attention_matrix(attention, x, rope, k1, k)  # (B, T queries, T keys)
+        importance = A.sum(dim=1) / A.size(1)  # (B, T), sums to 1
+        values = v.transpose(1, 2).flatten(2)  # (B, T, nkv * hs)
+        moment = values.transpose(1, 2) @ values / values.size(1)
+        spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (B, nkv * hs)
+        share = spectrum / spectrum.sum(dim=-1, keepdim=True)
+        found["importance"].append(importance.mean(dim=0).tolist())
         found["entropy"].append(torch.special.entr(importance).sum(dim=-1).mean().item())
-        found["sink"].append(A[:, 1:, 0].mean().item())
-        found["value_drain"].append(drain(v.transpose(1, 2).flatten(2)))
+        found["top"].append(importance.max(dim=-1).values.mean().item())
+        found["first"].append(A[:, 1:, 0].mean().item())
+        found["value_norm"].append(first_over_others(values))
+        found["eigenvalue"].append(spectrum.max(dim=-1).values.mean().item())
+        found["rank"].append(torch.special.entr(share).sum(dim=-1).exp().mean().item())
 
     def after_block(_, inputs, outputs):
         x = outputs[0]
-        found["hidden_drain"].append(drain(x))
+        found["hidden_norm"].append(first_over_others(x))
         T, total = x.size(1), F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
         # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
         cosines = (total.square().sum(dim=-1) - T) / (T * (T - 1))
@@ -183,97 +257,116 @@ def concentration(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
     return found
 
 
-def trained(run: TrainConfig, val_data, device: torch.device, title: str, signals: list) -> dict:
-    """Trains, then looks at 64 validation windows with what was learned."""
+def attention_matrix(attention, x, rope, k1, k) -> torch.Tensor:
+    """A_n (B, T, T), the mean over heads; crosslayer: a token's keys of both layers added up."""
+    c, T = attention.config, x.size(1)
+    if "crosslayer" in c.variants and attention.n > 1:
+        k = torch.cat((k1, k), dim=2)
+    q = rotate(attention.split_heads(attention.q_proj(x)), *rope)  # (B, nh, T, hs)
+    k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T or 2 T, hs)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    future = future.repeat(1, k.size(2) // T)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(c.head_dim)).masked_fill(future, -math.inf)
+    A = scores.softmax(dim=-1).mean(dim=1)
+    return A.unflatten(-1, (-1, T)).sum(dim=2)
+
+
+def even_attention(T: int) -> np.ndarray:
+    """(T queries, T keys): each query attends evenly to the tokens so far."""
+    return np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
+
+
+def even(T: int, width: int) -> dict[str, float]:
+    """MEASURES where attention is even over the tokens so far and values have random directions."""
+    A = even_attention(T)
+    importance = A.mean(axis=0)
+    values = np.random.default_rng(0).standard_normal((T, width))
+    spectrum = np.linalg.eigvalsh(values.T @ values / T).clip(1e-12)
+    share = spectrum / spectrum.sum()
+    return dict(entropy=-(importance * np.log(importance)).sum(), top=importance.max(),
+                first=A[1:, 0].mean(), value_norm=1.0, hidden_norm=1.0, similarity=0.0,
+                rank=np.exp(-(share * np.log(share)).sum()))
+
+
+# -------------------------------------------------------------------------------------------------
+# One run: training, then what can be seen in the trained model
+
+
+@torch.no_grad()
+def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float:
+    """A stand-in for downstream tasks: of a context's real continuation and three from elsewhere in
+    the text, is the real one the likeliest? Chance is 1/4. The questions are the same for all."""
+    T = model.config.block_size
+    context, n = max(1, T // 4), max(1, T // 8)  # tokens
+    rng = np.random.default_rng(0)
+    right = 0
+    for start in range(0, questions, 32):
+        B = min(32, questions - start)
+        places = rng.integers(0, len(data) - context - n, (B, 4))
+        ids = data[places[:, :, None] + np.arange(context + n)].astype(np.int64)
+        ids[:, 1:, :context] = ids[:, :1, :context]  # the first is real, all have its context
+        ids = torch.from_numpy(ids).to(device).flatten(0, 1)  # (4 B, context + n)
+        log_p = model(ids[:, :-1])[0].float().log_softmax(dim=-1)[:, context - 1:]
+        likelihood = log_p.gather(2, ids[:, context:, None]).sum(dim=(1, 2)).view(B, 4)
+        right += (likelihood.argmax(dim=1) == 0).sum().item()
+    return right / questions
+
+
+@torch.no_grad()
+def cache_bytes(run: TrainConfig, vocab_size: int, device) -> float:
+    """Bytes per token, in float32, of the tensors of a cache that decoding has filled."""
+    c = model_config(run, vocab_size)
+    model, n = GPT(c).to(device), min(8, c.block_size)
+    cache = KVCache(c, 1, n, device)
+    for _ in range(n):
+        model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=cache)
+    return cache.nbytes / cache.length
+
+
+def measure_run(run: TrainConfig, questions: int, data, meta, device, title, signals) -> dict:
     start = time.perf_counter()
     model, history = train(run, signals, title, verbose=False)
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
     seconds = time.perf_counter() - start
-    # One window at a time: (nh, T, T) numbers are enough at T = 2,048.
-    starts = np.linspace(0, len(val_data) - run.block_size - 1, 64).astype(np.int64)
-    each = [concentration(model, windows(val_data, start, run.block_size, device)[0])
-            for start in starts[:, None]]
-    curve = [(record["step"], record["val_loss"]) for record in history if "val_loss" in record]
+    starts = np.linspace(0, len(data) - run.block_size - 1, 64).astype(np.int64)
+    looks = {"attention": [], "attention_start": []}
+    for i in starts[:, None]:  # one window at a time: (nh, T, T) numbers are enough at T = 2,048
+        idx, _ = windows(data, i, run.block_size, device)
+        end_of_text = torch.full_like(idx[:, :1], meta["vocab_size"] - 1)
+        looks["attention"].append(look_at_attention(model, idx))
+        looks["attention_start"].append(
+            look_at_attention(model, torch.cat((end_of_text, idx[:, :-1]), dim=1)))
+    found = {}
+    for kind, each in looks.items():
+        found[kind] = {name: np.mean([look[name] for look in each], axis=0).round(5).tolist()
+                       for name in each[0]}
+    curve = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
     print(f"{title}: {curve[-1][1]:.4f} nats per token, {seconds:.0f} s", file=sys.stderr)
-    return dict(params=model.num_params(), seconds=round(seconds, 1), val_loss=curve[-1][1],
-                tokens=len(history) * run.batch_size * run.grad_accum * run.block_size,
-                bits_per_byte=history[-1]["bits_per_byte"], val_curve=curve,
-                train_curve=[round(record["loss"], 4) for record in history],
+    return dict(params=model.num_params(), seconds=round(seconds, 1), val_curve=curve,
+                train_curve=[round(r["loss"], 4) for r in history],
+                bits_per_byte=history[-1]["bits_per_byte"],
+                task=task_accuracy(model, data, questions, device),
+                cache_bytes=cache_bytes(run, meta["vocab_size"], device),
+                value_width=model.config.n_kv_head * model.config.head_dim,
                 value_lambdas=[[n, float(l1), float(l2)]
-                               for n, (l1, l2) in model.value_lambdas().items()],
-                concentration={name: np.mean([e[name] for e in each], axis=0).tolist()
-                               for name in each[0]})
+                               for n, (l1, l2) in model.value_lambdas().items()], **found)
 
 
-def measure_losses(runs: list, results: Results, val_data, device) -> dict:
-    """{(block_size, lr): {variant: [a record for each seed]}}"""
-    tables, signals = {}, catch_signals()
-    for i, (block_size, lr, variant, run) in enumerate(runs, 1):
-        title = (f"run {i} of {len(runs)}: {variant}, seed {run.seed}, block_size {block_size}, "
-                 f"lr {lr:g}")
-        folder = str(results.path.parent / results.name("loss", run))
-        record = results.once(lambda: trained(replace(run, out_dir=folder), val_data, device,
-                                              title, signals), "loss", run)
-        table = tables.setdefault((block_size, lr), {})
-        table.setdefault(variant, []).append(record)
-    return tables
+# -------------------------------------------------------------------------------------------------
+# Speed
 
 
-# ---- KV cache and speed -------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def decode(model: GPT, cache: KVCache, n: int):
-    """Reads n tokens a sequence, one after the other, behind what is in the cache."""
-    token = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=cache.k[1].device)
-    for _ in range(n):
-        token = model(token, cache=cache)[0].argmax(dim=-1)  # (B, 1)
-
-
-def cache_by_formula(c: GPTConfig) -> int:
-    """Numbers a token: (layers with keys + layers with values) x key/value heads x head size."""
-    keys = math.ceil(c.n_layer / 2) if "cla" in c.variants else c.n_layer
-    values = 1 if "svformer" in c.variants else keys
-    return (keys + values) * c.n_kv_head * c.head_dim
-
-
-def measure_cache(run: TrainConfig, vocab_size: int, device: torch.device) -> dict:
-    """{which cache: [bytes by the formula, bytes of its tensors]}: a token of one that decoding
-    fills to the end, then the caches of the paper's sizes, allocated only."""
-    c = model_config(run, vocab_size)
-    cache = KVCache(c, 1, c.block_size, device)
-    decode(GPT(c).to(device), cache, c.block_size)
-    found = {"a token": [4 * cache_by_formula(c), cache.nbytes / cache.length]}
-    for size, T, dtype in PAPER_CACHES:
-        shape = replace(run, size=size, n_layer=None, n_head=None, n_embd=None, n_ffn=None)
-        c = model_config(shape, vocab_size)
-        try:
-            measured = KVCache(c, 1, T, device, dtype).nbytes
-        except RuntimeError:  # this machine hasn't so much memory
-            measured = math.nan
-        found[f"{size} {T:,} {'fp32' if dtype == torch.float32 else 'bf16'}"] = [
-            T * cache_by_formula(c) * dtype.itemsize, measured]
-    return found
-
-
-def in_turns(tasks: list, device: torch.device, rounds: int) -> np.ndarray:
-    """Seconds of each task, (rounds, tasks), called one after the other: a, b, c, a, b, c."""
-    def seconds(task):
-        start = time.perf_counter()
-        task()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times = [[seconds(task) for task in tasks] for _ in range(rounds + 1)]
-    return np.array(times[1:])  # the first turn warms up
+def wait_for(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{what is timed: (a function that does it, its tokens, its work)}, work being floating-point
-    operations in training, and in decoding the bytes of weights and cache that have to be read."""
+    """{what is timed: (a function that does it, its tokens)}"""
     model, dtype = make_model(run, vocab_size, device), pick_dtype(run, device)
     fast_model, optimizers = compiled(model, run, device), make_optimizers(model, run)
     batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
@@ -286,83 +379,68 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             optimizer.step()
             optimizer.zero_grad()
 
-    tokens, c = batch[0].numel(), model.config
-    tasks = {"training": (train_step, tokens, tokens * model.flops_per_token())}
-    decoder = GPT(c).to(device, dtype)
-    weights = (decoder.num_params() - decoder.embed_tokens.weight.numel()) * dtype.itemsize
-    for context in config.contexts:
-        cache = KVCache(c, config.decode_batch, context + 16, device, dtype)
-        for store in (*cache.k.values(), *cache.v.values()):
-            store.normal_()
-        # Every layer reads keys and values, its own or another layer's: sharing them makes the
-        # cache smaller, but not what is read.
-        numbers = config.decode_batch * context * 2 * c.n_layer * c.n_kv_head * c.head_dim
+    decoder = GPT(model.config).to(device, dtype)
+    token = torch.zeros(config.decode_batch, 1, dtype=torch.long, device=device)
+    cache = KVCache(model.config, config.decode_batch, max(config.contexts) + 16, device, dtype)
+    for store in (*cache.k.values(), *cache.v.values()):
+        store.normal_()
 
-        def decode_16(cache=cache, context=context):
-            cache.length = context
-            decode(decoder, cache, 16)
+    @torch.no_grad()
+    def decode_16():
+        cache.length = max(config.contexts)
+        for _ in range(16):
+            decoder(token, cache=cache)
 
-        tasks[f"decoding at {context:,}"] = (decode_16, config.decode_batch * 16,
-                                             16 * (weights + numbers * dtype.itemsize))
-    return tasks
+    return {"training": (train_step, batch[0].numel()),
+            f"decoding at {max(config.contexts):,}": (decode_16, config.decode_batch * 16)}
 
 
-def measure_speeds(runs: list, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{variant: {task: [tokens a second, as a ratio to the first variant's, work a second as a
-    share of the machine's best at it: a large matrix product, or reading a large matrix]}}"""
-    dtype, n = pick_dtype(runs[0][-1], device), 8192 if device.type == "cuda" else 2048
-    square, large = (torch.randn(shape, device=device).to(dtype)
-                     for shape in ((n, n), (2**14, 2**12)))
-    best = {"training": (lambda: square @ square, 2 * n**3),
-            "decoding": (lambda: large @ large[0], large.nbytes)}
-    first, found = speed_tasks(runs[0][-1], config, vocab_size, device), {}
-    for *_, variant, run in tqdm(runs, desc="speed", unit="variant", disable=None):
-        found[variant] = row = {}
-        for task, (function, tokens, work) in speed_tasks(run, config, vocab_size, device).items():
-            limit, limit_work = best[task.split()[0]]
-            a, b, c = in_turns([first[task][0], function, limit], device, config.rounds).T
-            row[task] = [tokens / median(b), median(a / b), median(work * c / (limit_work * b))]
-    return found
+def measure_speed(runs, config: BenchConfig, vocab_size: int, device) -> dict:
+    """{variant: {task: [tokens per second, as a ratio to the first variant's]}}, timed in turns."""
+    first = speed_tasks(runs[0], config, vocab_size, device)
+    found = {}
+    for variant, run in zip(config.variants, tqdm(runs, desc="speed", disable=None)):
+        found[variant] = {}
+        for task, (function, tokens) in speed_tasks(run, config, vocab_size, device).items():
+            seconds = []
+            for _ in range(config.rounds + 1):  # the first turn warms up
+                turn = []
+                for f in (first[task][0], function):
+                    start = time.perf_counter()
+                    f()
+                    wait_for(device)
+                    turn.append(time.perf_counter() - start)
+                seconds.append(turn)
+            ratios = [a / b for a, b in seconds[1:]]
+            rate = tokens / median(b for _, b in seconds[1:])
+            found[variant][task] = [round(rate, 1), round(median(ratios), 3)]
+    return dict(speed=found)
 
 
-# ---- what came out ------------------------------------------------------------------------------
-
-MEASURES = ("loss", "entropy", "sink", "value_drain", "hidden_drain", "similarity")
-
-# The paper's claims: (claim, measure, variant, the variant it is set against, sign of the gap).
-CLAIMS = (("a", "loss", "resformer", "vanilla", -1), ("a", "loss", "resformer", "denseformer", -1),
-          ("a", "loss", "resformer", "neutreno", -1), ("b", "loss", "svformer", "gqa", -1),
-          ("b", "loss", "svformer", "cla", -1), ("d", "entropy", "resformer", "vanilla", 1),
-          ("d", "sink", "resformer", "vanilla", -1),
-          ("d", "value_drain", "resformer", "vanilla", 1))
+# -------------------------------------------------------------------------------------------------
+# Tables
 
 # Student's t, two-sided 95%, for 2, 3, ... seeds: few seeds make a wide interval.
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
 
 
-def by_seed(records: list[dict], measure: str) -> np.ndarray:
-    """The validation loss, or a concentration measure's mean over the layers' deeper half."""
-    if measure == "loss":
-        return np.array([record["val_loss"] for record in records])
-    layers = np.array([record["concentration"][measure] for record in records])
-    return layers[:, layers.shape[1] // 2:].mean(axis=1)
+def validation(record) -> float:
+    return record["val_curve"][-1][1]
 
 
-def standard_error(gaps: np.ndarray) -> float:
-    return gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+def training(record) -> float:
+    """The mean of the last twentieth of the steps."""
+    curve = record["train_curve"]
+    return float(np.mean(curve[-max(1, len(curve) // 20):]))
 
 
-def spread(gaps: np.ndarray, digits: int = 4) -> str:
-    return f"{gaps.mean():+.{digits}f}" + (
-        f" ± {standard_error(gaps):.{digits}f}" if len(gaps) > 1 else "")
+def deeper_half(measure: str, start_token: bool):
+    kind = "attention_start" if start_token else "attention"
 
-
-def verdict(gaps: np.ndarray, sign: int) -> str:
-    if len(gaps) == 1:
-        return "one seed can't tell"
-    if abs(gaps.mean()) <= T95[min(len(gaps), 10) - 2] * standard_error(gaps):
-        return "not distinguishable"
-    return "holds" if gaps.mean() * sign > 0 else "does not hold at this scale"
+    def mean(record):
+        layers = record[kind][measure]
+        return float(np.mean(layers[len(layers) // 2:]))
+    return mean
 
 
 def tokens_saved(record: dict, other: dict) -> float:
@@ -370,128 +448,291 @@ def tokens_saved(record: dict, other: dict) -> float:
     loss, from straight lines between the evaluations; NaN if it doesn't reach it."""
     steps, losses = np.array(record["val_curve"]).T
     best = np.minimum.accumulate(losses)
-    return 1 - np.interp(-other["val_loss"], -best, steps, right=math.nan) / steps[-1]
+    return 1 - np.interp(-validation(other), -best, steps, right=math.nan) / steps[-1]
+
+
+def interval(values) -> float:
+    """Half the 95% interval of the mean; NaN for one value."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return T95[min(n, len(T95) + 1) - 2] * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def mean_and_gap(records: dict, first: dict, measure, digits: int) -> list[str]:
+    """[mean of a variant, its mean difference from the first variant with the 95% interval], from
+    {seed: record} each; a difference is taken of the seeds that both have."""
+    mean = f"{np.mean([measure(r) for r in records.values()]):.{digits}f}"
+    gaps = [measure(r) - measure(first[seed]) for seed, r in records.items() if seed in first]
+    if records is first or not gaps:
+        return [mean, ""]
+    gap = f"{np.mean(gaps):+.{digits}f}"
+    if len(gaps) > 1:
+        gap += f" ±{interval(gaps):.{digits}f}"
+    return [mean, gap]
 
 
 def print_table(title: str, header: list, rows: list):
-    print(f"\n{title}\n")
+    """Columns that do not fit the terminal go into a further table below."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(header, *rows)]
-    widths[0] = min(widths[0], max(12, 120 - 4 - sum(width + 3 for width in widths[1:])))
-    for row in (header, ["-" * width for width in widths], *rows):
-        first, *others = (str(cell).rjust(width) for cell, width in zip(row, widths))
-        # Of a variant too long for 120 columns the end is shown: its flags tell it apart.
-        print("|", " | ".join([first.strip()[-widths[0]:].ljust(widths[0]), *others]), "|")
+    room = max(40, shutil.get_terminal_size((100, 24)).columns)
+    start = 1
+    print(f"\n{title}\n")
+    while start < len(header):
+        end, total = start, widths[0] + 4
+        while end < len(header) and (end == start or total + widths[end] + 3 <= room):
+            total += widths[end] + 3
+            end += 1
+        for row in (header, ["-" * width for width in widths], *rows):
+            cells = [str(row[0]).ljust(widths[0])]
+            cells += [str(row[i]).rjust(widths[i]) for i in range(start, end)]
+            print("|", " | ".join(cells), "|")
+        if end < len(header):
+            print()
+        start = end
 
 
-def print_losses(config: BenchConfig, tables: dict):
-    first, *others = config.variants
-    for (block_size, lr), table in tables.items():
-        losses, attention = [], []
-        for variant, records in table.items():
-            gaps = [by_seed(records, m) - by_seed(table[first], m) for m in MEASURES]
-            means = [by_seed(records, m).mean() for m in MEASURES]
-            saved = np.mean([tokens_saved(a, b) for a, b in zip(records, table[first])])
-            fewer = "not by all" if math.isnan(saved) else f"{saved:.0%}"
-            if variant == first or len(records[0]["val_curve"]) == 1:  # one point is no curve
-                fewer = ""
-            losses.append([variant, f"{records[0]['params']:,}", f"{means[0]:.4f}",
-                           "" if variant == first else spread(gaps[0]), fewer])
-            attention.append([variant] + [
-                f"{mean:.{3 - (mean >= 1)}f}"
-                + f" {spread(gap, 3)}".replace(" ± ", "±") * (variant != first)
-                for mean, gap in zip(means[1:], gaps[1:])])
-        where = (f"block_size {block_size}, lr {lr:g}, {len(records)} seeds"
-                 + ", --quick: noisy" * config.quick)
-        print_table(f"Validation loss in nats per token, {records[0]['tokens']:,} tokens; {where}",
-                    ["variant", "params", "loss", f"minus {first}'s", "fewer tokens"], losses)
-        print_table(f"Attention in the deeper half of the layers, and minus {first}'s; {where}",
-                    ["variant", *MEASURES[1:]], attention)
-        print()
-        for claim, measure, a, b, sign in CLAIMS:
-            if {a, b} <= set(table):
-                gaps = by_seed(table[a], measure) - by_seed(table[b], measure)
-                print(f"{claim}. {a}'s {measure} is {'above' if sign > 0 else 'below'} {b}'s: "
-                      f"{spread(gaps)}, {verdict(gaps, sign)}")
-        for variant, records in table.items():
-            if records[0]["flags"]["value_residual"] != "fixed" and records[0]["value_lambdas"]:
-                pairs = np.mean([record["value_lambdas"] for record in records], axis=0)
-                print_table(f"{variant} came to these weights of V_1 and V_n",
-                            ["layer", "V_1", "V_n"],
-                            [[f"{n:.0f}", f"{l1:.3f}", f"{l2:.3f}"] for n, l1, l2 in pairs])
-    for variant in others if len(tables) > 1 else ():
-        gaps = {key: spread(by_seed(table[variant], "loss") - by_seed(table[first], "loss"))
-                for key, table in tables.items()}
-        print_table(f"Loss of {variant} minus {first}'s, by block_size and lr",
-                    ["", *config.lr], [[b, *(gaps[b, lr] for lr in config.lr)]
-                                       for b in config.block_size])
+def plural(n: int, word: str) -> str:
+    return f"{n} {word}" + ("" if n == 1 else "s")
 
 
-def draw(variants, table: dict, folder: Path):
-    """loss.png, relative training loss, and concentration.png, from {variant: [record, ...]}."""
+def print_results(table: dict, start_token: bool):
+    """Prints what {variant: {seed: record}} holds, the others against the first."""
+    first = next(iter(table.values()))
+    some = next(iter(first.values()))
+    flags, base = some["flags"], next(iter(table)).split()[0]
+    labels = {variant: f"{i} {variant.split()[0]}" for i, variant in enumerate(table, start=1)}
+    tokens = flags["max_steps"] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+    seeds = plural(min(map(len, table.values())), "seed")
+    minus = f"minus {base}'s"
+    losses, costs, looks = [], [], []
+    for variant, records in table.items():
+        record = next(iter(records.values()))
+        losses.append([labels[variant], *mean_and_gap(records, first, validation, 4),
+                       *mean_and_gap(records, first, training, 4)])
+        saved = [tokens_saved(r, first[seed]) for seed, r in records.items() if seed in first]
+        reached = len(record["val_curve"]) > 1 and records is not first and len(saved) > 0
+        fewer = "" if not reached else "not reached" if math.isnan(sum(saved)) else (
+            f"{np.mean(saved):.0%}")
+        task = mean_and_gap(records, first, lambda r: 100 * r["task"], 1)
+        costs.append([labels[variant], f"{record['params']:,}", fewer,
+                      f"{record['cache_bytes']:,.0f}",
+                      f"{record['cache_bytes'] / some['cache_bytes']:.0%}", *task])
+        row = [labels[variant]]
+        for measure, (_, digits) in MEASURES.items():
+            mean = deeper_half(measure, start_token)
+            row.append(" ".join(mean_and_gap(records, first, mean, digits)).strip())
+        looks.append(row)
+    baseline = even(flags["block_size"], some["value_width"])
+    row = ["even / random"]
+    for measure, (_, digits) in MEASURES.items():
+        row.append(f"{baseline[measure]:.{digits}f}" if measure in baseline else "")
+    looks.append(row)
+    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; {seeds}",
+                ["variant", "validation", minus, "training", minus], losses)
+    print_table("Cost and task; KV cache in bytes per token, float32; task: % right of "
+                "four, chance 25", ["variant", "parameters", "fewer tokens", "KV cache",
+                                    f"of {base}'s", "task", minus], costs)
+    start = ", end-of-text first" if start_token else ""
+    print_table(f"Attention in the deeper half of the layers, and {minus}{start}",
+                ["variant", *MEASURES], looks)
+    print()
+    for measure, (meaning, _) in MEASURES.items():
+        print(f"{measure}: {meaning}")
+    for variant in table:
+        if len(variant.split()) > 1:
+            print(f"{labels[variant]}: {variant}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Figures
+
+# Of Okabe and Ito, for the colour-blind too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+
+
+def draw(table: dict, name: str, folder: Path, start_token: bool):
+    """<name>-cache.png, -loss.png, -attention.png and -heat.png in folder."""
     try:
-        from matplotlib import pyplot as plt
+        from matplotlib import pyplot
     except ImportError:
         print("\nno figures: pip install matplotlib, then start this again")
         return
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "attention_start" if start_token else "attention"
+    figures = {"cache": draw_cache(pyplot, table), "loss": draw_loss(pyplot, table),
+               "attention": draw_attention(pyplot, table, kind),
+               "heat": draw_heat(pyplot, table, kind)}
+    for what, figure in figures.items():
+        figure.savefig(folder / f"{name}-{what}.png", dpi=110)
+        pyplot.close(figure)
+    print(f"\nfigures: {', '.join(f'{name}-{what}.png' for what in figures)} in {folder}")
+
+
+def draw_cache(pyplot, table):
+    figure, ax = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    first, taken = next(iter(table.values())), []
     for i, (variant, records) in enumerate(table.items()):
-        curves = [np.subtract(a["train_curve"], b["train_curve"])
-                  for a, b in zip(records, table[variants[0]])]
-        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth, the wild start cut off
-        smooth = np.array([np.convolve(c, np.full(n, 1 / n), "valid")[2 * n:] for c in curves])
-        steps = np.arange(smooth.shape[1]) + 3 * n
-        ax.plot(steps, smooth.mean(axis=0), f"C{i}", label=variant)
-        ax.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=f"C{i}", alpha=0.15)
-    ax.set(xlabel="step", ylabel=f"training loss minus {variants[0]}'s, nats per token")
-    ax.legend(ncols=3)
-    figure.savefig(folder / "loss.png", dpi=120)
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.5), layout="constrained")
-    for ax, measure in zip(axes, MEASURES[1:]):
-        for i, (variant, records) in enumerate(table.items()):
-            layers = np.mean([record["concentration"][measure] for record in records], axis=0)
-            ax.plot(np.arange(1, len(layers) + 1), layers, f"C{i}", label=variant)
-        ax.set(title=measure, xlabel="layer")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=9)
-    figure.savefig(folder / "concentration.png", dpi=120)
-    plt.close("all")
-    print(f"\nfigures: {folder / 'loss.png'} and {folder / 'concentration.png'}")
+        gaps = [validation(r) - validation(first[seed])
+                for seed, r in records.items() if seed in first]
+        x = next(iter(records.values()))["cache_bytes"]
+        beside = x * (1 + 0.02 * taken.count(x))  # so that equal caches don't hide each other
+        taken.append(x)
+        ax.errorbar(beside, np.mean(gaps), np.nan_to_num(interval(gaps)), fmt="os"[i // 5 % 2],
+                    capsize=4, color=COLOURS[i % 5], label=variant)
+    ax.set_xlim(0, None)
+    ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
+           ylabel=f"validation loss minus {next(iter(table))}'s,\nnats per token (lower is better)")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def draw_loss(pyplot, table):
+    first, *others = table
+    panels = max(1, math.ceil(len(others) / 5))
+    figure, axes = pyplot.subplots(1, panels, figsize=(9, 4.5), layout="constrained", sharey=True,
+                                   squeeze=False)
+    for i, variant in enumerate(others):
+        ax, colour, flags = axes[0, i // 5], COLOURS[i % 5], None
+        curves = []
+        for seed, record in table[variant].items():
+            if seed in table[first]:
+                flags = record["flags"]
+                gap = np.subtract(record["train_curve"], table[first][seed]["train_curve"])
+                n = len(gap) // 20 + 1  # smoothed over a twentieth of the steps
+                curves.append(np.convolve(gap, np.full(n, 1 / n), "valid"))
+        if curves:
+            tokens = flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+            x = tokens * (np.arange(len(curves[0])) + n) / 1e6
+            ax.plot(x, np.mean(curves, axis=0), color=colour, label=variant)
+            ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour,
+                            alpha=0.15, linewidth=0)
+    for ax in axes[0]:
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(xlabel="million tokens")
+        if others:
+            ax.legend()
+    axes[0, 0].set(ylabel=f"training loss minus {first}'s,\nnats per token (lower is better)")
+    return figure
+
+
+def draw_attention(pyplot, table, kind):
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    record = next(iter(next(iter(table.values())).values()))
+    baseline = even(record["flags"]["block_size"], record["value_width"])
+    for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
+        for colour, (variant, records) in zip(COLOURS, table.items()):  # at most five
+            layers = np.array([r[kind][measure] for r in records.values()])
+            x = np.arange(1, layers.shape[1] + 1)
+            ax.plot(x, layers.mean(axis=0), color=colour, label=variant)
+            ax.fill_between(x, layers.min(axis=0), layers.max(axis=0), color=colour, alpha=0.15,
+                            linewidth=0)
+        ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
+        ax.set(title=MEASURES[measure][0], xlabel="layer")
+    axes[0, 0].legend()
+    return figure
+
+
+def draw_heat(pyplot, table, kind):
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    for ax, (variant, records) in zip(axes, table.items()):
+        importance = np.mean([r[kind]["importance"] for r in records.values()], axis=0)  # (L, T)
+        L, T = importance.shape
+        # Early tokens are seen by more queries: even attention is what to compare with.
+        times = np.log2(importance / even_attention(T).mean(axis=0))
+        image = ax.imshow(times, aspect="auto", cmap="PuOr_r", vmin=-3, vmax=3,
+                          extent=(0.5, T + 0.5, L + 0.5, 0.5))
+        ax.set(title=variant, xlabel="position of the token that is attended to")
+    axes[0].set(ylabel="layer")
+    bar = figure.colorbar(image, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3], extend="both")
+    bar.set_label("importance / that of even attention")
+    bar.set_ticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def show(records: list[dict], config: BenchConfig, given: set):
+    """Prints and draws the named experiment from its records."""
+    records = [r for r in records if r["name"] == config.name]
+    runs = [r for r in records if r["kind"] == "run"]
+    chosen = config.variants if "variants" in given else dict.fromkeys(r["variant"] for r in runs)
+    groups = {}  # runs can be paired only if everything shared is the same
+    for r in runs:
+        shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
+        key = json.dumps([shared, r["data_sha256"], r["code"]], sort_keys=True)
+        table = groups.setdefault(key, {variant: {} for variant in chosen})
+        if r["variant"] in table:
+            table[r["variant"]][r["flags"]["seed"]] = r
+    for i, table in enumerate(groups.values(), start=1):
+        table = {variant: found for variant, found in table.items() if found}
+        if table:
+            print_results(table, config.start_token)
+            suffix = "" if len(groups) == 1 else f"-{i}"
+            draw(table, config.name + suffix, Path(config.out_dir), config.start_token)
+    for r in [r for r in records if r["kind"] == "speed"][-1:]:
+        rows = [[f"{i} {variant.split()[0]}"] + [f"{ratio:.2f} ({rate:,.0f})"
+                                                 for rate, ratio in tasks.values()]
+                for i, (variant, tasks) in enumerate(r["speed"].items(), start=1)]
+        tasks = next(iter(r["speed"].values()))
+        print_table(f"Speed over the first variant's (tokens per second) on {r['machine']}",
+                    ["variant", *tasks], rows)
+    return len(records)
+
+
+def print_caches(config: BenchConfig, runs: list[TrainConfig], device):
+    rows, base = [], None
+    for i, (variant, run) in enumerate(zip(config.variants, runs), start=1):
+        n = cache_bytes(run, 257, device)  # whatever the vocabulary
+        base = base or n
+        rows.append([f"{i} {variant.split()[0]}", f"{n:,.0f}", f"{n / base:.0%}"] + [
+            f"{n * context / 2**20:,.1f}" for context in config.contexts])
+    print_table("KV cache in float32: bytes per token, then MiB for one sequence",
+                ["variant", "per token", f"of {config.variants[0].split()[0]}'s",
+                 *(f"{context:,} tokens" for context in config.contexts)], rows)
 
 
 def main():
     config, given = parse_flags(BenchConfig, __doc__)
+    if config.show is not None:
+        if not Path(config.show).is_file():
+            raise UserError(f"--show {config.show}: there is no such file")
+        records = read_records(Path(config.show))
+        if show(records, config, given) == 0:
+            names = ", ".join(dict.fromkeys(r["name"] for r in records))
+            raise UserError(f"--name {config.name}: {config.show} has {names}")
+        return
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
     runs, device = list_runs(config), pick_device(config.device)
-    _, val_data, meta = load_data(runs[0][-1])
-    results = Results(Path(config.out_dir), device, meta["sha256"])
-    one_each = runs[:len(config.variants)]  # of the first seed, block_size and lr
-    if "loss" in config.parts:
-        tables = measure_losses(runs, results, val_data, device)
-        print_losses(config, tables)
-        draw(config.variants, next(iter(tables.values())), results.path.parent)
-    settings = dict(variants=config.variants)
+    results = Results(config, device)
+    n = len(config.variants)
     if "cache" in config.parts:
-        caches = results.once(lambda: {variant: measure_cache(run, meta["vocab_size"], device)
-                                       for *_, variant, run in one_each}, "cache", runs[0][-1],
-                              **settings)
-        first = caches[config.variants[0]]["a token"][1]
-        rows = [[variant, f"{caches[variant]['a token'][1] / first:.0%}"] + [
-                    " / ".join(f"{n if which == 'a token' else n / 2**20:,.0f}" for n in pair)
-                    for which, pair in caches[variant].items()] for variant in config.variants]
-        print_table("KV cache by the formula / of the tensors: bytes a token in fp32, then MiB",
-                    ["variant", f"of {config.variants[0]}", *caches[config.variants[0]]], rows)
+        print_caches(config, runs[:n], device)
+    if {"loss", "speed"} & set(config.parts):
+        _, val_data, meta = load_data(runs[0])
+    if "loss" in config.parts:
+        signals = catch_signals()
+        for i, run in enumerate(runs):
+            variant = config.variants[i % n]
+            title = f"run {i + 1} of {len(runs)}: {variant}, seed {run.seed}"
+            flags = {k: v for k, v in asdict(run).items() if k not in FILES}
+            key = hashlib.sha256(json.dumps([flags, meta["sha256"]]).encode()).hexdigest()[:12]
+            run = replace(run, out_dir=str(results.path.parent / key))
+            results.once("run", variant, flags, lambda: measure_run(
+                run, config.questions, val_data, meta, device, title, signals),
+                data_sha256=meta["sha256"], questions=config.questions)
+        results.say_what_was_reused(len(runs))
     if "speed" in config.parts:
-        settings |= dict(contexts=config.contexts, batch=config.decode_batch, rounds=config.rounds)
-        speeds = results.once(lambda: measure_speeds(one_each, config, meta["vocab_size"], device),
-                              "speed", runs[0][-1], **settings)
-        print_table(f"Speed over {config.variants[0]}'s (tokens/s, share of the machine's best); "
-                    f"decoding: {config.decode_batch} sequences",
-                    ["variant", *speeds[config.variants[0]]],
-                    [[variant] + [f"{ratio:.2f} ({rate:,.0f}, {share:.0%})"
-                                  for rate, ratio, share in speeds[variant].values()]
-                     for variant in config.variants])
+        settings = dict(variants=config.variants, contexts=config.contexts, rounds=config.rounds,
+                        decode_batch=config.decode_batch, machine=results.about["machine"])
+        flags = {k: v for k, v in asdict(runs[0]).items() if k not in FILES}
+        results.once("speed", config.variants[0], flags, lambda: measure_speed(
+            runs[:n], config, meta["vocab_size"], device), **settings)
+    show(results.records, config, {"variants"})
 
 
 if __name__ == "__main__":

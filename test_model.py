@@ -1095,9 +1095,9 @@ def test_off_a_terminal_a_line_comes_every_30_seconds(small_run, monkeypatch, ca
 
 
 @pytest.mark.parametrize("attention", [*VARIANTS, "crosslayer+gqa+denseformer", "plus with cla"])
-def test_concentration_is_what_numpy_says(attention):
-    model, idx = tiny_model(attention), tokens(B=3, T=20)
-    got, each = bench.concentration(model, idx), []
+def test_what_bench_sees_in_attention_is_what_numpy_says(attention):
+    model, idx, each = tiny_model(attention), tokens(B=3, T=20), []
+    got = bench.look_at_attention(model, idx)
     for sequence in idx:
         watch, parameters = [], {name: p.detach() for name, p in model.named_parameters()}
         reference_sequence(model.config, parameters, sequence, watch)
@@ -1111,101 +1111,172 @@ def test_concentration_is_what_numpy_says(attention):
             v_norms, h_norms = np.sqrt((v * v).sum(axis=1)), np.sqrt((h * h).sum(axis=1))
             cosines = [h[i] @ h[j] / (h_norms[i] * h_norms[j])
                        for i in range(T) for j in range(T) if i != j]
-            layers.append([-sum(x * math.log(x) for x in p),
+            spectrum = np.linalg.svd(v, compute_uv=False) ** 2 / T
+            share = spectrum[spectrum > 1e-9] / spectrum.sum()
+            layers.append([-sum(x * math.log(x) for x in p), max(p),
                            np.mean([A[i, 0] for i in range(1, T)]),
                            v_norms[0] / v_norms[1:].mean(), h_norms[0] / h_norms[1:].mean(),
-                           np.mean(cosines)])
+                           np.mean(cosines), spectrum.max(),
+                           math.exp(-sum(x * math.log(x) for x in share)), *p])
         each.append(layers)
-    expected = np.mean(each, axis=0)  # (L, 5)
-    names = ["entropy", "sink", "value_drain", "hidden_drain", "similarity"]
-    assert list(got) == names
-    for i, name in enumerate(names):
-        np.testing.assert_allclose(got[name], expected[:, i], rtol=1e-9, err_msg=name)
+    expected = np.mean(each, axis=0)  # (L, 8 + T)
+    for i, name in enumerate(bench.MEASURES):
+        np.testing.assert_allclose(got[name], expected[:, i], rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(got["importance"], expected[:, 8:], rtol=1e-4)
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.fixture
-def small_bench(small_run, monkeypatch, capsys):
-    """Calls bench.py's main in this process; returns what it prints. Seconds, on 40 kB of text."""
-    flags = ("dataset=text size=2M block_size=32 batch_size=6 max_steps=6 eval_every=2 "
-             "eval_tokens=256 warmup_steps=2 device=cpu rounds=1 decode_batch=2 out_dir=b").split()
-    monkeypatch.setattr(bench, "catch_signals", lambda: small_bench_signals)
-    small_bench_signals.clear()
-
-    def call(*more):
-        words = [word for f in flags for word in (f"--{f}".split("="))]
-        monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--contexts", "3", *more])
-        bench.main()
-        return capsys.readouterr().out
-    return call
+def test_even_attention_is_what_zero_queries_give():
+    model = tiny_model("vanilla")
+    for block in model.layers:
+        torch.nn.init.zeros_(block.self_attn.q_proj.weight)
+    got, expected = bench.look_at_attention(model, tokens(T=20)), bench.even(20, 32)
+    for name in ("entropy", "top", "first"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-9, err_msg=name)
 
 
-small_bench_signals = []
+def test_the_task_asks_which_of_four_continuations_is_the_likeliest():
+    model = tiny_model("svformer", torch.float32)
+    data = np.random.default_rng(1).integers(0, 37, 500).astype(np.uint16)
+    got = bench.task_accuracy(model, data, 70, torch.device("cpu"))
+    rng, right = np.random.default_rng(0), 0
+    for size in (32, 32, 6):  # of 32 tokens an eighth is asked for, after a quarter
+        for places in rng.integers(0, 500 - 12, (size, 4)):
+            context, scores = list(data[places[0]:places[0] + 8]), []
+            for place in places:
+                ids = context + list(data[place + 8:place + 12])
+                logits = model(torch.tensor([[int(i) for i in ids]]))[0][0].detach().double()
+                p = torch.softmax(logits, dim=-1)
+                scores.append(sum(math.log(p[t - 1, int(ids[t])]) for t in range(8, 12)))
+            right += scores[0] == max(scores)
+    assert got == right / 70
 
 
-def bench_records(part):
-    lines = Path("b/results.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["name"].startswith(part)]
+def test_gaps_are_paired_by_seed_with_students_interval():
+    first = {1: dict(x=1.0), 2: dict(x=2.0), 3: dict(x=3.0)}
+    other = {3: dict(x=3.5), 1: dict(x=1.1), 2: dict(x=2.3), 9: dict(x=100.0)}
+    cells = bench.mean_and_gap(other, first, lambda r: r["x"], 3)
+    spread = 4.303 * np.std([0.1, 0.3, 0.5], ddof=1) / math.sqrt(3)
+    assert cells == [f"{np.mean([3.5, 1.1, 2.3, 100]):.3f}", f"+0.300 ±{spread:.3f}"]
+    assert bench.mean_and_gap(first, first, lambda r: r["x"], 1) == ["2.0", ""]
+    assert bench.mean_and_gap({1: dict(x=0.5)}, first, lambda r: r["x"], 1) == ["0.5", "-0.5"]
+    assert bench.interval([1.0] * 20) == 0 and bench.plural(1, "seed") == "1 seed"
 
-
-def test_bench_measures_once_and_says_what_it_measured(small_bench, monkeypatch):
-    asked = ("--variants", "vanilla", "resformer --value_lambda 2 1 --lr 1e-2", "svformer+gqa",
-             "--seeds", "3", "4", "--neutreno_lambda", "0.3", "--parts", "loss", "cache")
-    printed = small_bench(*asked)
-    runs = bench_records("loss")
-    assert [(r["flags"]["attention"], r["flags"]["seed"]) for r in runs] == [
-        (a, seed) for seed in (3, 4) for a in ("vanilla", "resformer", "svformer+gqa")]
-    assert [r["flags"]["value_lambda"] for r in runs[:2]] == [[.5, .5], [2, 1]]
-    assert [r["flags"]["neutreno_lambda"] for r in runs[:2]] == [None, None]  # nobody uses it
-    for record in runs:
-        assert record["tokens"] == 6 * 6 * 32 and len(record["train_curve"]) == 6
-        assert [step for step, _ in record["val_curve"]] == [2, 4, 6]
-        assert {len(layers) for layers in record["concentration"].values()} == {4}
-    # The record is enough to make the run again, and gives the same loss.
-    flags = runs[1]["flags"] | dict(value_lambda=(2, 1), out_dir="again")
-    assert run(TrainConfig(**flags))[-1]["val_loss"] == runs[1]["val_loss"]
-    gaps = [runs[i + 1]["val_loss"] - runs[i]["val_loss"] for i in (0, 3)]
-    spread = f"{np.mean(gaps):+.4f} ± {abs(gaps[0] - gaps[1]) / 2:.4f}"  # standard error of two
-    assert f" {spread} " in printed, printed
-    # 4 layers, 2 heads of 8 numbers; svformer+gqa: 4 + 1 layers, one head.
-    cache = bench_records("cache")[0]
-    assert cache["vanilla"]["a token"] == [4 * 8 * 16] * 2
-    assert cache["svformer+gqa"]["a token"] == [4 * 5 * 8] * 2
-
-    monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
-    assert small_bench(*asked) == printed
-    with pytest.raises(TypeError):  # another flag is another run
-        small_bench(*asked, "--weight_decay", "0.2")
-
-
-def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench):
-    asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
-    small_bench_signals.append(signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        small_bench(*asked)
-    assert not Path("b/results.jsonl").exists()
-    small_bench_signals.clear()
-    small_bench(*asked)
-    assert len(bench_records("loss")) == 2
-
-
-def test_tokens_saved_and_verdicts():
-    other = dict(val_loss=2.0, val_curve=[[100, 3.0], [200, 2.0]])
+    other = dict(val_curve=[[100, 3.0], [200, 2.0]])
 
     def saved(*losses):
         curve = [[50 * (i + 1), loss] for i, loss in enumerate(losses)]
         return bench.tokens_saved(dict(val_curve=curve), other)
     assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
-    assert saved(3.0, 2.1, 2.4, 2.0) == pytest.approx(0)
     assert saved(3.0, 1.9, 2.6, 2.5) == pytest.approx(1 - (50 + 50 / 1.1) / 200)  # once is enough
     assert math.isnan(saved(3.0, 2.5, 2.2, 2.1))
 
-    verdict = bench.verdict
-    # Three differences, mean -0.02, standard deviation s: the 95% interval is 4.303 s / sqrt(3).
-    for s, said in ((0.0078, "holds"), (0.0083, "not distinguishable")):
-        assert verdict(np.array([-0.02 - s, -0.02, -0.02 + s]), -1) == said
-    assert verdict(np.array([0.01, 0.011]), -1) == "does not hold at this scale"
-    assert verdict(np.array([-1.0]), -1) == "one seed can't tell"
+
+@pytest.fixture
+def small_bench(small_run, monkeypatch, capsys):
+    """Calls bench.py's main in this process; returns what it prints. Seconds, on 40 kB of text."""
+    words = ("--dataset text --size 2M --block_size 32 --batch_size 6 --max_steps 6 --eval_every 2 "
+             "--eval_tokens 256 --warmup_steps 2 --device cpu --rounds 1 --decode_batch 2 "
+             "--contexts 3 --questions 40 --out_dir b").split()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(bench, "catch_signals", lambda: caught)
+    caught.clear()
+
+    def call(*more):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words, *more])
+        bench.main()
+        return capsys.readouterr().out
+    return call
+
+
+caught = []
+
+
+def bench_records(kind="run"):
+    return [r for r in bench.read_records(Path("b/results.jsonl")) if r["kind"] == kind]
+
+
+def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, capsys, tmp_path):
+    asked = ("--variants", "vanilla", "resformer --value_lambda 2 1 --lr 1e-2", "svformer+gqa",
+             "--seeds", "3", "4", "--neutreno_lambda", "0.3")
+    printed = small_bench(*asked)
+    runs = bench_records()
+    assert [(r["variant"].split()[0], r["flags"]["seed"]) for r in runs] == [
+        (a, seed) for seed in (3, 4) for a in ("vanilla", "resformer", "svformer+gqa")]
+    assert runs[1]["flags"]["value_lambda"] == [2, 1] and runs[1]["flags"]["lr"] == 1e-2
+    assert {r["flags"]["neutreno_lambda"] for r in runs} == {None}  # nobody uses it
+    assert [step for step, _ in runs[0]["val_curve"]] == [2, 4, 6]
+    assert np.shape(runs[0]["attention"]["importance"]) == (4, 32)
+    assert runs[0]["attention"]["first"] != runs[0]["attention_start"]["first"]
+    # 4 layers, 2 heads of 8 numbers; svformer+gqa: 4 + 1 layers, one head.
+    assert [r["cache_bytes"] for r in runs[:3]] == [4 * 8 * 16, 4 * 8 * 16, 4 * 5 * 8]
+    # The record is enough to make the run again, and gives the same loss.
+    flags = runs[1]["flags"] | dict(value_lambda=(2, 1), out_dir="again")
+    assert run(TrainConfig(**flags))[-1]["val_loss"] == bench.validation(runs[1])
+    gaps = [bench.validation(runs[i + 1]) - bench.validation(runs[i]) for i in (0, 3)]
+    assert f"{np.mean(gaps):+.4f} ±{bench.interval(gaps):.4f}" in printed
+    assert "2 resformer: resformer --value_lambda 2 1 --lr 1e-2" in printed
+    assert "31% " in printed and "2 seeds" in printed and max(map(len, printed.splitlines())) <= 100
+
+    monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
+    assert "reused 6 of 6 measurements, of 20" in small_bench(*asked)
+    assert "reused" in small_bench(*asked, "--name", "again", "--parts", "loss")
+    with pytest.raises(TypeError):  # another flag is another run
+        small_bench(*asked, "--weight_decay", "0.2")
+    with Path("b/results.jsonl").open("a") as f:
+        f.write('{"name": "main", "ki')  # killed in a write
+    shutil.rmtree("data")
+    capsys.readouterr()
+    monkeypatch.setattr(bench, "pick_device", None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--show", "b/results.jsonl", "--out_dir", "c"])
+    bench.main()
+    shown = capsys.readouterr()
+    assert shown.out in printed.replace(" in b\n", " in c\n") and "is cut or broken" in shown.err
+    with pytest.raises(UserError, match="--name other: b/results.jsonl has main, again"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--name", "other"])
+        bench.main()
+
+
+def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, monkeypatch):
+    asked = ("--variants", "vanilla", "--seeds", "1", "--parts", "loss")
+    small_bench(*asked)
+    monkeypatch.setattr(bench, "fingerprint", lambda: "edited")
+    assert "WARNING: 1 of them were made by other code" in small_bench(*asked)
+    assert len(bench_records()) == 1
+    shutil.rmtree(next(p for p in Path("b").iterdir() if p.is_dir()))
+    assert "WARNING" not in small_bench(*asked, "--fresh") and len(bench_records()) == 2
+
+
+def test_the_fingerprint_is_the_codes_without_its_comments(tmp_path, monkeypatch):
+    for name in ("model.py", "train.py"):
+        shutil.copy(HERE / name, tmp_path)
+    before = bench.fingerprint()
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    text = (tmp_path / "model.py").read_text(encoding="utf-8")
+    for old, new, same in (("# Softmax in float32", "# softmax in float32", True),
+                           ("The language model.", "A model.", True), ("10000.0", "9999.0", False)):
+        assert text.count(old) == 1
+        (tmp_path / "model.py").write_text(text.replace(old, new), encoding="utf-8")
+        assert (bench.fingerprint() == before) == same
+
+
+def test_a_results_file_survives_a_cut_line(folder):
+    path = Path("r.jsonl")
+    record = dict(name="main", kind="run", variant="vanilla", flags={})
+    path.write_text(json.dumps(record)[:-9])
+    bench.write_record(path, record)
+    assert bench.read_records(path) == [record]
+
+
+def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench):
+    asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
+    caught.append(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        small_bench(*asked)
+    assert not Path("b/results.jsonl").exists()
+    caught.clear()
+    small_bench(*asked)
+    assert len(bench_records()) == 2
 
 
 # ---- the scripts, as a user types them ----------------------------------------------------------
@@ -1346,9 +1417,12 @@ sample.py|--out_dir run --prompt FILE:empty.txt|--prompt has no text
 sample.py|--out_dir run --num_samples 0|--num_samples
 sample.py|--out_dir run --temperature -1 --prompt d|--temperature must be
 sample.py|--out_dir run --max_new_tokens -1|--max_new_tokens must be
-bench.py|--variants resnet|--variants 'resnet': choose from
+bench.py|--variants resnet|--variants resnet: --attention 'resnet': choose from
 bench.py|--variants gqa gqa|--variants has a value twice
 bench.py|--rounds 0|--rounds
+bench.py|--variants;vanilla;resformer --seed 7|--seed is for all variants alike
+bench.py|--n_layer 10 --variants;vanilla;svformer --residual_layers 9|residual_layers is for
+bench.py|--show nowhere|--show nowhere
 bench.py|--attention cla|--attention
 bench.py|--out_dir strange|results.jsonl
 """.strip().splitlines()]
@@ -1399,7 +1473,8 @@ def broken_things(tmp_path_factory):
 def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypatch, script, name,
                                                         flags, words):
     monkeypatch.chdir(broken_things)
-    flags = flags.split()
+    first, *quoted = flags.split(";")  # behind a semicolon stands what a shell would quote
+    flags = first.split() + quoted
     if name in ("train.py", "bench.py"):  # small, if it matters
         usual = dict(dataset="text", size="2M", block_size=32, batch_size=2, max_steps=2,
                      device="cpu") | (dict(variants="vanilla") if name == "bench.py" else {})
