@@ -440,6 +440,7 @@ def test_a_seed_fixes_the_text_and_the_cache_that_is_given_is_used():
     model(prompt, cache=cache)  # emptied first
     assert torch.equal(generate(model, prompt, 10, seed=7, cache=cache), first[:, :10])
     assert cache.length == 13  # the last token was drawn, not read
+    generate(model, prompt, 1, seed=2**62)
     model(first[:, :9], first[:, 1:10])[1].backward()  # drawn tokens can be trained on
 
 
@@ -909,6 +910,10 @@ def test_what_a_resumed_run_may_change(small_run, capsys):
     assert f"step 13 goes from {before:.2e} to {after:.2e}" in said
     train.train(again)
     assert "run is complete: 14 steps" in capsys.readouterr().out
+    run(replace(small_run, out_dir="short", max_steps=20), signals=[signal.SIGTERM])
+    train.train(replace(small_run, out_dir="short", max_steps=1, resume=True))
+    said = capsys.readouterr().out
+    assert "short is complete: 1 steps" in said and "cosine" not in said
     with pytest.raises(UserError, match="^--max_steps 13: the run in run has 14 steps"):
         train.train(replace(again, max_steps=13))
     for name, value in dict(lr=1.0, min_lr=0.1, weight_decay=0.9, grad_clip=2.0, warmup_steps=3,
@@ -999,6 +1004,22 @@ def test_where_nothing_compiles_auto_trains_uncompiled_and_on_says_so(monkeypatc
     for config, warns in ((TrainConfig(), True), (TrainConfig(compile="off"), False)):
         assert train.compiled("model", config, torch.device("cuda")) == "model"
         assert ("no Triton" in capsys.readouterr().err) == warns
+
+
+def test_what_this_machine_has_is_asked(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda kind: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    for name in ("cuda", "cuda:3"):
+        train.pick_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of the two processes that torchrun has started
+    train.pick_device("cuda")
+    assert chosen == ["cuda:0", "cuda:3", "cuda:1"]
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    train.check(TrainConfig())
+    with pytest.raises(UserError, match="--optimizer muon needs torch 2.9"):
+        train.check(TrainConfig(optimizer="muon"))
 
 
 def test_the_dtype_of_a_device(monkeypatch):
