@@ -1201,6 +1201,7 @@ def small_bench(small_run, monkeypatch, capsys):
              "--contexts 3 --questions 40 --out_dir b").split()
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(bench, "catch_signals", lambda: caught)
+    monkeypatch.setattr(bench, "draw", lambda *_: None)  # seconds; see the test of the figures
     caught.clear()
 
     def call(*more):
@@ -1210,7 +1211,7 @@ def small_bench(small_run, monkeypatch, capsys):
     return call
 
 
-caught = []
+caught, DRAW = [], bench.draw
 
 
 def bench_records(kind="run"):
@@ -1252,10 +1253,19 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["bench.py", "--show", "b/results.jsonl", "--out_dir", "c"])
     bench.main()
     shown = capsys.readouterr()
-    assert shown.out in printed.replace(" in b\n", " in c\n") and "is cut or broken" in shown.err
+    assert shown.out in printed and "is cut or broken" in shown.err
     with pytest.raises(UserError, match="--name other: b/results.jsonl has main, again"):
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--name", "other"])
         bench.main()
+
+
+def test_the_figures(small_bench, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    monkeypatch.setattr(bench, "draw", DRAW)
+    printed = small_bench("--variants", "vanilla", "resformer", "--seeds", "1", "--parts", "loss")
+    names = [f"main-{what}.png" for what in ("cache", "loss", "attention", "heat")]
+    assert f"figures: {', '.join(names)} in b" in printed
+    assert all(Path("b", name).read_bytes()[1:4] == b"PNG" for name in names)
 
 
 def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, monkeypatch):
