@@ -27,9 +27,10 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from model import USED_BY, GPT, KVCache, rotate
+from model import DECODING, USED_BY, GPT, KVCache, rotate
 from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data, make_model,
                    make_optimizers, model_config, pick_device, pick_dtype, train, windows)
@@ -60,7 +61,7 @@ class BenchConfig(TrainConfig):
     contexts: tuple = flag((128, 4096), "tokens in the cache; decoding is timed at the largest",
                            nargs="+", type=int)
     decode_batch: int = flag(8, "speed: sequences that are decoded at once")
-    rounds: int = flag(9, "speed: turns, of which the median is taken")
+    rounds: int = flag(9, "speed: how often each variant is timed, in turns with the first")
     start_token: bool = flag(False, "show attention with an end-of-text before each sequence")
     quick: bool = flag(False, "one seed, 80 steps: minutes, and noise")
     name: str = flag("main", "the experiment that the results belong to")
@@ -388,8 +389,9 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
     @torch.no_grad()
     def decode_16():
         cache.length = max(config.contexts)
-        for _ in range(16):
-            decoder(token, cache=cache)
+        with sdpa_kernel(DECODING):
+            for _ in range(16):
+                decoder(token, cache=cache)
 
     return {"training": (train_step, batch[0].numel()),
             f"decoding at {max(config.contexts):,}": (decode_16, config.decode_batch * 16)}

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # -------------------------------------------------------------------------------------------------
 # Configuration
@@ -315,6 +316,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad_total, grad_weight * grad_total, None, None
 
 
+# Attention while text is generated: any of torch's kernels but cuDNN's, which plans each new length
+# afresh, 0.4 s a time.
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def draw(logits, temperature=1.0, top_k=None, generator=None) -> torch.Tensor:
     """logits (B, V) -> one token a row, (B,): the likeliest at temperature 0, else a random draw
     from softmax(logits / temperature), if top_k is given among the top_k likeliest."""
@@ -453,13 +459,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot be trained on
     def next_tokens(self, window, max_new_tokens, temperature, top_k, generator, cache):
+        # Not compiled: S grows with each token, and every new shape would be compiled anew.
         full, cached = self.config.block_size, 0  # cached: tokens of the window in the cache
         for _ in range(max_new_tokens):
             if window.size(1) > full:
                 window, cached = window[:, -((full + 1) // 2):], 0
             if cache is not None:
                 cache.length = cached
-            x = self.hidden_states(window[:, cached:], cache)  # (B, T, C)
+            with sdpa_kernel(DECODING):
+                x = self.hidden_states(window[:, cached:], cache)  # (B, T, C)
             if cache is not None:
                 cached = cache.length
             token = draw(self.lm_head(x[:, -1]), temperature, top_k, generator)  # (B,)

@@ -64,8 +64,6 @@ def main():
         raise UserError(f"--num_samples must be at least 1, not {config.num_samples}")
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
-    if device.type == "cuda":  # cuDNN would plan each new length afresh, 0.4 s a time
-        torch.backends.cuda.enable_cudnn_sdp(False)
     model, name = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
     tokenizer = get_tokenizer(name)
     ids = tokenizer.encode(read_prompt(config.prompt), disallowed_special=())

@@ -256,19 +256,6 @@ def test_without_gradients_the_loss_makes_none(monkeypatch):
         model(tokens(), tokens(seed=2))
 
 
-@pytest.mark.parametrize("attention", ["resformer+neutreno+denseformer", "crosslayer"])
-def test_the_model_compiles_to_one_graph(attention):
-    torch.compiler.reset()
-    model = tiny_model(attention, torch.float32, n_layer=2)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    _, expected = model(tokens(), tokens(seed=2))
-    gradients = torch.autograd.grad(expected, list(model.parameters()))
-    _, loss = compiled(tokens(), tokens(seed=2))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    got = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close(got, gradients, rtol=1e-3, atol=1e-5)
-
-
 # ---- the KV cache and the parameters ------------------------------------------------------------
 
 KV_NUMBERS = {  # numbers per token, in units of h = n_kv_head x head size
@@ -440,6 +427,7 @@ def test_a_seed_fixes_the_text_and_the_cache_that_is_given_is_used():
     model(prompt, cache=cache)  # emptied first
     assert torch.equal(generate(model, prompt, 10, seed=7, cache=cache), first[:, :10])
     assert cache.length == 13  # the last token was drawn, not read
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     generate(model, prompt, 1, seed=2**62)
     model(first[:, :9], first[:, 1:10])[1].backward()  # drawn tokens can be trained on
 
@@ -977,20 +965,42 @@ def test_gradient_accumulation_is_a_larger_batch(small_run):
     assert losses(whole) == pytest.approx(losses(parts), abs=1e-5)
 
 
-def test_every_model_of_a_process_is_compiled(monkeypatch):
-    made, torch_compile, cpu = [], torch.compile, torch.device("cpu")
+@pytest.mark.parametrize("attention, dtype", [
+    ("resformer+neutreno+denseformer", "bfloat16"), ("crosslayer+cla", "float16"),
+    *(pytest.param(name, "float32", marks=slow) for name in VARIANTS)])
+def test_training_and_evaluation_compile_once_into_one_graph_each(small_run, monkeypatch,
+                                                                  attention, dtype):
+    graphs, torch_compile = [], torch.compile
 
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
+    def aot_eager(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda f: torch_compile(f, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # 8 without this test
-    for i in range(3):
-        config = TrainConfig(compile="on", size="2M", n_layer=1, attention=VARIANTS[i % 8])
-        fast = train.compiled(train.make_model(config, 257, cpu), config, cpu)
-        fast(tokens(), tokens())
-        assert len(made) == 2 * (i + 1)  # the trial and the model
+    monkeypatch.setattr(torch, "compile",
+                        lambda f: torch_compile(f, backend=aot_eager, fullgraph=True))
+    config = replace(small_run, attention=attention, dtype=dtype, n_layer=2, grad_accum=2,
+                     max_steps=4, eval_every=1)
+    # 8 in earnest: train() forgets the models that were compiled before.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled_history = run(replace(config, compile="on", out_dir="compiled"))
+    assert len(graphs) == 3  # the trial, training and evaluation
+    assert losses(compiled_history) == pytest.approx(losses(run(config)), rel=1e-3)
+
+
+def test_under_distributed_data_parallel_it_is_one_graph_too(monkeypatch):
+    dist, stats = train.dist, torch._dynamo.utils.counters["stats"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.compiler.reset()
+    stats.clear()
+    model = tiny_model("svformer+gqa", torch.float32, n_layer=2)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    wrapped = train.DistributedDataParallel(fast)
+    for _ in range(3):
+        _, loss = wrapped(tokens(), tokens(seed=2))
+        loss.backward()
+    assert stats["unique_graphs"] == 1
+    del wrapped
+    dist.destroy_process_group()
 
 
 def test_where_nothing_compiles_auto_trains_uncompiled_and_on_says_so(monkeypatch, capsys):

@@ -53,10 +53,9 @@ class TrainConfig:
     n_embd: int | None = flag(None, "width, instead of the size's", type=int)
     n_ffn: int | None = flag(None, "hidden size of the SwiGLU (default: 3.5 x n_embd)", type=int)
     block_size: int = flag(128, "context, in tokens")
-    value_residual: str = flag("fixed", "resformer: the weights of V_1 and V_n in a layer are "
-                               "value_lambda; or learnable, from there; or plus, where the layers "
-                               "share a learnable total of V_1",
-                               choices=("fixed", "learnable", "plus"))
+    value_residual: str = flag("fixed", "resformer: fixed keeps value_lambda; learnable trains two "
+                               "weights a layer from there; plus trains a total of V_1 and how the "
+                               "layers share it", choices=("fixed", "learnable", "plus"))
     value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1 and V_n", nargs=2,
                                type=float)
     residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in, such as 6 7 8 "
@@ -67,8 +66,8 @@ class TrainConfig:
     dataset: str = flag("stdlib", "what prepare_data.py wrote: a name under data/, or a path",
                         group="data")
     batch_size: int = flag(16, "sequences in a forward pass, over all processes")
-    grad_accum: int = flag(1, "forward passes in a step: a step reads grad_accum x batch_size "
-                           "sequences, and holds the memory of batch_size")
+    grad_accum: int = flag(1, "batches whose gradients make one step: it sees grad_accum x "
+                           "batch_size sequences in the memory of batch_size")
 
     max_steps: int = flag(900, "steps of training", group="optimization")
     optimizer: str = flag("adamw", "adamw; or muon for the layers' matrices, adamw for the rest",
