@@ -226,7 +226,7 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list]:
         return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
 
     def after_attention(attention, inputs, outputs):
-        x, rope, _, _, _, k1, _, _, _ = inputs
+        x, rope, k1 = inputs[0], inputs[1], inputs[5]
         _, k, v = outputs
         A = attention_matrix(attention, x, rope, k1, k)  # (B, T queries, T keys)
         importance = A.sum(dim=1) / A.size(1)  # (B, T), sums to 1
