@@ -500,50 +500,68 @@ def plural(n: int, word: str) -> str:
 
 def print_results(table: dict, start_token: bool):
     """Prints what {variant: {seed: record}} holds, the others against the first."""
+    labelled = {}  # a variant's flags are too long for a column
+    for i, (variant, records) in enumerate(table.items(), start=1):
+        labelled[f"{i} {variant.split()[0]}"] = records
     first = next(iter(table.values()))
-    some = next(iter(first.values()))
-    flags, base = some["flags"], next(iter(table)).split()[0]
-    labels = {variant: f"{i} {variant.split()[0]}" for i, variant in enumerate(table, start=1)}
+    minus = f"minus {next(iter(table)).split()[0]}'s"
+    print_losses(labelled, first, minus)
+    print_costs(labelled, first, minus)
+    print_attention(labelled, first, minus, start_token)
+    for label, variant in zip(labelled, table):
+        if len(variant.split()) > 1:
+            print(f"{label}: {variant}")
+
+
+def print_losses(labelled: dict, first: dict, minus: str):
+    flags = next(iter(first.values()))["flags"]
     tokens = flags["max_steps"] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    seeds = plural(min(map(len, table.values())), "seed")
-    minus = f"minus {base}'s"
-    losses, costs, looks = [], [], []
-    for variant, records in table.items():
+    seeds = plural(min(map(len, labelled.values())), "seed")
+    rows = []
+    for label, records in labelled.items():
+        rows.append([label, *mean_and_gap(records, first, validation, 4),
+                     *mean_and_gap(records, first, training, 4)])
+    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; {seeds}",
+                ["variant", "validation", minus, "training", minus], rows)
+
+
+def print_costs(labelled: dict, first: dict, minus: str):
+    whole = next(iter(first.values()))["cache_bytes"]
+    rows = []
+    for label, records in labelled.items():
         record = next(iter(records.values()))
-        losses.append([labels[variant], *mean_and_gap(records, first, validation, 4),
-                       *mean_and_gap(records, first, training, 4)])
+        share = f"{record['cache_bytes'] / whole:.0%}"
         saved = [tokens_saved(r, first[seed]) for seed, r in records.items() if seed in first]
-        reached = len(record["val_curve"]) > 1 and records is not first and len(saved) > 0
-        fewer = "" if not reached else "not reached" if math.isnan(sum(saved)) else (
-            f"{np.mean(saved):.0%}")
+        fewer = ""
+        if records is not first and saved and len(record["val_curve"]) > 1:
+            fewer = "not reached" if math.isnan(sum(saved)) else f"{np.mean(saved):.0%}"
         task = mean_and_gap(records, first, lambda r: 100 * r["task"], 1)
-        costs.append([labels[variant], f"{record['params']:,}", fewer,
-                      f"{record['cache_bytes']:,.0f}",
-                      f"{record['cache_bytes'] / some['cache_bytes']:.0%}", *task])
-        row = [labels[variant]]
+        rows.append([label, f"{record['params']:,}", fewer, f"{record['cache_bytes']:,.0f}", share,
+                     *task])
+    print_table("Cost and task; KV cache in bytes per token, float32; task: % right of four, "
+                "chance 25", ["variant", "parameters", "fewer tokens", "KV cache", "share", "task",
+                              minus], rows)
+
+
+def print_attention(labelled: dict, first: dict, minus: str, start_token: bool):
+    rows = []
+    for label, records in labelled.items():
+        row = [label]
         for measure, (_, digits) in MEASURES.items():
-            mean = deeper_half(measure, start_token)
-            row.append(" ".join(mean_and_gap(records, first, mean, digits)).strip())
-        looks.append(row)
-    baseline = even(flags["block_size"], some["value_width"])
+            cells = mean_and_gap(records, first, deeper_half(measure, start_token), digits)
+            row.append(" ".join(cells).strip())
+        rows.append(row)
+    record = next(iter(first.values()))
+    baseline = even(record["flags"]["block_size"], record["value_width"])
     row = ["even / random"]
     for measure, (_, digits) in MEASURES.items():
         row.append(f"{baseline[measure]:.{digits}f}" if measure in baseline else "")
-    looks.append(row)
-    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; {seeds}",
-                ["variant", "validation", minus, "training", minus], losses)
-    print_table("Cost and task; KV cache in bytes per token, float32; task: % right of "
-                "four, chance 25", ["variant", "parameters", "fewer tokens", "KV cache",
-                                    f"of {base}'s", "task", minus], costs)
     start = ", end-of-text first" if start_token else ""
     print_table(f"Attention in the deeper half of the layers, and {minus}{start}",
-                ["variant", *MEASURES], looks)
+                ["variant", *MEASURES], [*rows, row])
     print()
     for measure, (meaning, _) in MEASURES.items():
         print(f"{measure}: {meaning}")
-    for variant in table:
-        if len(variant.split()) > 1:
-            print(f"{labels[variant]}: {variant}")
 
 
 # -------------------------------------------------------------------------------------------------

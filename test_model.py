@@ -13,7 +13,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1546,6 +1548,42 @@ def test_only_mistakes_and_full_machines_become_a_line(error, line, capfd, monke
     if line:
         assert ended.value.code == 2 and printed.startswith(f"train.py: {line}")
         assert printed.count("\n") == 1
+
+
+# ---- README -------------------------------------------------------------------------------------
+
+
+def readme(kind):
+    """The fenced blocks of a kind in README.md."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_quotes_the_code_as_it_is():
+    quotations = [block for block in readme("python") if "self.v_proj" in block]
+    assert len(quotations) == 1
+    assert quotations[0] in (HERE / "model.py").read_text(encoding="utf-8")
+
+
+def test_readmes_commands_are_such_as_the_scripts_take(folder, monkeypatch, capsys):
+    scripts = {"train.py": (TrainConfig, train.check), "sample.py": (sample.SampleConfig, None),
+               "bench.py": (bench.BenchConfig, bench.list_runs),
+               "prepare_data.py": (DataConfig, None)}
+    shutil.copytree(HERE / "assets", "assets")
+    monkeypatch.setattr(bench, "draw", lambda *_: None)
+    lines = "".join(readme("sh")).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    commands = [words[1:] for words in commands if words[:1] == ["python"] and words[1] != "-m"]
+    assert len(commands) >= 12
+    for name, *flags in commands:
+        cls, check = scripts[name]
+        config, _ = prepare_data.parse_flags(cls, "", flags)
+        if check is not None:
+            check(config)
+        if "--show" in flags:  # nothing is measured: it can be run here
+            monkeypatch.setattr(sys, "argv", [name, *flags])
+            bench.main()
+            assert "1 vanilla" in capsys.readouterr().out
 
 
 # ---- faults: full disks, signals, kills ---------------------------------------------------------
