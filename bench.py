@@ -297,18 +297,19 @@ def even(T: int, width: int) -> dict[str, float]:
 def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float:
     """A stand-in for downstream tasks: of a context's real continuation and three from elsewhere in
     the text, is the real one the likeliest? Chance is 1/4. The questions are the same for all."""
-    T = model.config.block_size
+    T, V = model.config.block_size, model.config.vocab_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
-    rng = np.random.default_rng(0)
+    places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
     right = 0
-    for start in range(0, questions, 32):
-        B = min(32, questions - start)
-        places = rng.integers(0, len(data) - context - n, (B, 4))
-        ids = data[places[:, :, None] + np.arange(context + n)].astype(np.int64)
+    at_once = max(1, min(32, 2**27 // (4 * n * V)))  # questions, their logits in 0.5 GiB
+    for start in range(0, questions, at_once):
+        part = places[start:start + at_once]  # (B, 4)
+        ids = data[part[:, :, None] + np.arange(context + n)].astype(np.int64)
         ids[:, 1:, :context] = ids[:, :1, :context]  # the first is real, all have its context
         ids = torch.from_numpy(ids).to(device).flatten(0, 1)  # (4 B, context + n)
-        log_p = model(ids[:, :-1])[0].float().log_softmax(dim=-1)[:, context - 1:]
-        likelihood = log_p.gather(2, ids[:, context:, None]).sum(dim=(1, 2)).view(B, 4)
+        x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4 B, n, C)
+        log_p = model.lm_head(x).float().log_softmax(dim=-1)  # (4 B, n, V)
+        likelihood = log_p.gather(2, ids[:, context:, None]).sum(dim=(1, 2)).view(-1, 4)
         right += (likelihood.argmax(dim=1) == 0).sum().item()
     return right / questions
 
