@@ -1,7 +1,7 @@
 """The comparison: every system trained on the same tokens in the same order; then its loss, KV
 cache, attention, a task and its speed side by side.
 
-    python bench.py                      ten systems x three seeds, an hour and a half on two cores
+    python bench.py                      ten systems x three seeds, two hours on two cores
     python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
     python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --name lambda
     python bench.py --size 82M --parts cache --contexts 2048 65536
@@ -46,7 +46,8 @@ QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_toke
 OWN_FLAGS = {"attention", "size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
              "value_residual", "value_lambda", "residual_layers", "neutreno_lambda", "optimizer",
              "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
-FILES = {"out_dir", "resume", "overwrite"}  # flags of no consequence for what is measured
+# Flags that a record leaves out: where the files are; and it has the device and dtype by name.
+UNRECORDED = {"out_dir", "resume", "overwrite", "device", "dtype", "compile"}
 
 
 @dataclass
@@ -120,6 +121,9 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
+RECORD = {"name", "kind", "variant", "flags", "date", "code"}  # what every record has
+
+
 def read_records(path: Path) -> list[dict]:
     """The lines of a results file. A line that a kill has cut is skipped."""
     records = []
@@ -131,7 +135,7 @@ def read_records(path: Path) -> list[dict]:
             if line.strip():
                 print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
             continue
-        if not isinstance(record, dict) or not {"name", "kind", "variant", "flags"} <= set(record):
+        if not isinstance(record, dict) or not RECORD <= set(record):
             raise UserError(f"{path}, line {i} isn't what bench.py writes: move the file away")
         records.append(record)
     return records
@@ -141,7 +145,9 @@ def write_record(path: Path, record: dict):
     """Appends a line in one write, so that two benches can share a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as f:
-        whole = path.stat().st_size == 0 or path.read_bytes()[-1:] == b"\n"
+        if f.tell() > 0:
+            f.seek(-1, 2)
+        whole = f.tell() == 0 or f.read(1) == b"\n"
         f.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
 
 
@@ -157,33 +163,37 @@ class Results:
             machine = torch.cuda.get_device_name(device)
         self.about = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
                           code=fingerprint())
-        self.reused, self.outdated = [], 0
+        self.used, self.reused, self.outdated = [], [], 0
 
     def find(self, same: dict) -> dict | None:
-        """The newest record in which all of same stands, whatever experiment it belongs to."""
-        for record in reversed(self.records):
-            if all(record.get(key) == value for key, value in same.items()):
-                if record["code"] == self.about["code"]:
-                    return record
-                if not self.fresh:
-                    self.outdated += 1
-                    return record
-        return None
+        """The newest record in which all of same stands, whatever experiment it belongs to; by
+        today's code if there is one, else, without --fresh, by other code."""
+        found = [record for record in self.records
+                 if all(record.get(key) == value for key, value in same.items())]
+        for record in reversed(found):
+            if record["code"] == self.about["code"]:
+                return record
+        if self.fresh or not found:
+            return None
+        self.outdated += 1
+        return found[-1]
 
-    def once(self, kind: str, variant: str, flags: dict, measure, **settings) -> dict:
-        """The record of this measurement; of what measure() returns, if there is none yet."""
+    def once(self, kind: str, variant: str, flags: dict, measure, **settings):
+        """Puts the record of this measurement into self.used: the one that there is, or a new one
+        with what measure() returns."""
         same = json.loads(json.dumps(dict(kind=kind, flags=flags, **settings)))
-        found = self.find(same)
-        if found is not None:
-            self.reused.append(found["date"])
-            if (found["name"], found["variant"]) == (self.name, variant):
-                return found
-            record = found | dict(name=self.name, variant=variant)
+        record = self.find(same)
+        if record is not None:
+            self.reused.append(record["date"])
+            known = (record["name"], record["variant"]) == (self.name, variant)
+            record = record | dict(name=self.name, variant=variant)
         else:
+            known = False
             record = dict(name=self.name, variant=variant) | same | self.about | measure()
-        write_record(self.path, record)
-        self.records.append(record)
-        return record
+        if not known:
+            write_record(self.path, record)
+            self.records.append(record)
+        self.used.append(record)
 
     def say_what_was_reused(self, total: int):
         if self.reused:
@@ -252,7 +262,7 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list]:
 
     hooks = [block.self_attn.register_forward_hook(after_attention) for block in model.layers]
     hooks += [block.register_forward_hook(after_block) for block in model.layers]
-    model(idx)
+    model.hidden_states(idx)
     for hook in hooks:
         hook.remove()
     return found
@@ -325,16 +335,20 @@ def cache_bytes(run: TrainConfig, vocab_size: int, device) -> float:
     return cache.nbytes / cache.length
 
 
+def rounded(numbers: np.ndarray) -> list:
+    """To five significant digits."""
+    return np.vectorize(lambda x: float(f"{x:.5g}"))(numbers).tolist()
+
+
 def measure_run(run: TrainConfig, questions: int, data, meta, device, title, signals) -> dict:
-    start = time.perf_counter()
     model, history = train(run, signals, title, verbose=False)
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
-    seconds = time.perf_counter() - start
+    seconds = sum(r["seconds"] for r in history)  # of the steps, without the evaluations
     starts = np.linspace(0, len(data) - run.block_size - 1, 64).astype(np.int64)
     looks = {"attention": [], "attention_start": []}
-    for i in starts[:, None]:  # one window at a time: (nh, T, T) numbers are enough at T = 2,048
+    for i in starts[:, None]:  # one at a time: attention is nh x T x T numbers
         idx, _ = windows(data, i, run.block_size, device)
         end_of_text = torch.full_like(idx[:, :1], meta["vocab_size"] - 1)
         looks["attention"].append(look_at_attention(model, idx))
@@ -342,7 +356,7 @@ def measure_run(run: TrainConfig, questions: int, data, meta, device, title, sig
             look_at_attention(model, torch.cat((end_of_text, idx[:, :-1]), dim=1)))
     found = {}
     for kind, each in looks.items():
-        found[kind] = {name: np.mean([look[name] for look in each], axis=0).round(5).tolist()
+        found[kind] = {name: rounded(np.mean([look[name] for look in each], axis=0))
                        for name in each[0]}
     curve = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
     print(f"{title}: {curve[-1][1]:.4f} nats per token, {seconds:.0f} s", file=sys.stderr)
@@ -403,21 +417,29 @@ def measure_speed(runs, config: BenchConfig, vocab_size: int, device) -> dict:
     first = speed_tasks(runs[0], config, vocab_size, device)
     found = {}
     for variant, run in zip(config.variants, tqdm(runs, desc="speed", disable=None)):
+        tasks = speed_tasks(run, config, vocab_size, device)
         found[variant] = {}
-        for task, (function, tokens) in speed_tasks(run, config, vocab_size, device).items():
-            seconds = []
-            for _ in range(config.rounds + 1):  # the first turn warms up
-                turn = []
-                for f in (first[task][0], function):
-                    start = time.perf_counter()
-                    f()
-                    wait_for(device)
-                    turn.append(time.perf_counter() - start)
-                seconds.append(turn)
-            ratios = [a / b for a, b in seconds[1:]]
-            rate = tokens / median(b for _, b in seconds[1:])
-            found[variant][task] = [round(rate, 1), round(median(ratios), 3)]
+        for name, (function, tokens) in tasks.items():
+            seconds = timed_in_turns(first[name][0], function, config.rounds, device)
+            ratios = [a / b for a, b in seconds]
+            rate = tokens / median(b for _, b in seconds)
+            found[variant][name] = [round(rate, 1), round(median(ratios), 3)]
+        del tasks, function  # a cache may be most of the memory
     return dict(speed=found)
+
+
+def timed_in_turns(first, second, rounds: int, device) -> list:
+    """(seconds of first, seconds of second) of each round, after one that warms up."""
+    seconds = []
+    for _ in range(rounds + 1):
+        turn = []
+        for f in (first, second):
+            start = time.perf_counter()
+            f()
+            wait_for(device)
+            turn.append(time.perf_counter() - start)
+        seconds.append(turn)
+    return seconds[1:]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -448,9 +470,10 @@ def deeper_half(measure: str, start_token: bool):
 
 def tokens_saved(record: dict, other: dict) -> float:
     """The share of its training that a run can do without to reach the other's last validation
-    loss, from straight lines between the evaluations; NaN if it doesn't reach it."""
+    loss, interpolated between the evaluations; NaN if it doesn't reach it."""
     steps, losses = np.array(record["val_curve"]).T
     best = np.minimum.accumulate(losses)
+    # np.interp wants rising x, so the falling losses are negated.
     return 1 - np.interp(-validation(other), -best, steps, right=math.nan) / steps[-1]
 
 
@@ -599,7 +622,7 @@ def draw_cache(pyplot, table):
         x = next(iter(records.values()))["cache_bytes"]
         beside = x * (1 + 0.02 * taken.count(x))  # so that equal caches don't hide each other
         taken.append(x)
-        ax.errorbar(beside, np.mean(gaps), np.nan_to_num(interval(gaps)), fmt="os"[i // 5 % 2],
+        ax.errorbar(beside, np.mean(gaps), interval(gaps), fmt="os"[i // 5 % 2],
                     capsize=4, color=COLOURS[i % 5], label=variant)
     ax.set_xlim(0, None)
     ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
@@ -674,32 +697,57 @@ def draw_heat(pyplot, table, kind):
 # -------------------------------------------------------------------------------------------------
 
 
-def show(records: list[dict], config: BenchConfig, given: set):
-    """Prints and draws the named experiment from its records."""
-    records = [r for r in records if r["name"] == config.name]
-    runs = [r for r in records if r["kind"] == "run"]
-    chosen = config.variants if "variants" in given else dict.fromkeys(r["variant"] for r in runs)
+def show(records: list[dict], config: BenchConfig, variants):
+    """Prints and draws what records hold of the variants, against the first of them."""
     groups = {}  # runs can be paired only if everything shared is the same
-    for r in runs:
-        shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
-        key = json.dumps([shared, r["data_sha256"], r["code"]], sort_keys=True)
-        table = groups.setdefault(key, {variant: {} for variant in chosen})
-        if r["variant"] in table:
-            table[r["variant"]][r["flags"]["seed"]] = r
+    for r in records:
+        if r["kind"] == "run" and r["variant"] in variants:
+            shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
+            shared = [shared, *(r[key] for key in ("data_sha256", "device", "dtype", "questions"))]
+            table = groups.setdefault(json.dumps(shared), {variant: {} for variant in variants})
+            table[r["variant"]][r["flags"]["seed"]] = r  # of two, the newer
     for i, table in enumerate(groups.values(), start=1):
+        missing = [variant for variant, found in table.items() if not found]
+        if missing:
+            print(f"\nno runs of {', '.join(missing)}")
+        if variants[0] in missing:
+            continue  # there is nothing to compare with
         table = {variant: found for variant, found in table.items() if found}
-        if table:
-            print_results(table, config.start_token)
-            suffix = "" if len(groups) == 1 else f"-{i}"
-            draw(table, config.name + suffix, Path(config.out_dir), config.start_token)
-    for r in [r for r in records if r["kind"] == "speed"][-1:]:
-        rows = [[f"{i} {variant.split()[0]}"] + [f"{ratio:.2f} ({rate:,.0f})"
-                                                 for rate, ratio in tasks.values()]
-                for i, (variant, tasks) in enumerate(r["speed"].items(), start=1)]
-        tasks = next(iter(r["speed"].values()))
-        print_table(f"Speed over the first variant's (tokens per second) on {r['machine']}",
-                    ["variant", *tasks], rows)
-    return len(records)
+        if len({r["code"] for found in table.values() for r in found.values()}) > 1:
+            print("\nWARNING: these runs were made by different versions of the code")
+        print_results(table, config.start_token)
+        name = config.name if len(groups) == 1 else f"{config.name}-{i}"
+        draw(table, name, Path(config.out_dir), config.start_token)
+    for r in records:
+        if r["kind"] == "speed":
+            print_speed(r)
+
+
+def print_speed(record: dict):
+    rows = []
+    for i, (variant, tasks) in enumerate(record["speed"].items(), start=1):
+        cells = [f"{ratio:.2f} ({rate:,.0f})" for rate, ratio in tasks.values()]
+        rows.append([f"{i} {variant.split()[0]}", *cells])
+    print_table(f"Speed over the first variant's (tokens per second) on {record['machine']}",
+                ["variant", *tasks], rows)
+
+
+def show_file(config: BenchConfig, given: set):
+    """--show: the newest speeds and all runs of an experiment, from the file alone."""
+    path = Path(config.show)
+    if not path.is_file():
+        raise UserError(f"--show {path}: there is no such file")
+    everything = read_records(path)
+    records = [r for r in everything if r["name"] == config.name]
+    if not records:
+        names = ", ".join(dict.fromkeys(r["name"] for r in everything))
+        raise UserError(f"--name {config.name}: {path} has {names}")
+    runs = [r for r in records if r["kind"] == "run"]
+    measured = tuple(dict.fromkeys(r["variant"] for r in runs))
+    if "variants" in given and not set(config.variants) <= set(measured):
+        raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
+    speeds = [r for r in records if r["kind"] == "speed"]
+    show(runs + speeds[-1:], config, config.variants if "variants" in given else measured)
 
 
 def print_caches(config: BenchConfig, runs: list[TrainConfig], device):
@@ -717,20 +765,15 @@ def print_caches(config: BenchConfig, runs: list[TrainConfig], device):
 def main():
     config, given = parse_flags(BenchConfig, __doc__)
     if config.show is not None:
-        if not Path(config.show).is_file():
-            raise UserError(f"--show {config.show}: there is no such file")
-        records = read_records(Path(config.show))
-        if show(records, config, given) == 0:
-            names = ", ".join(dict.fromkeys(r["name"] for r in records))
-            raise UserError(f"--name {config.name}: {config.show} has {names}")
-        return
+        return show_file(config, given)
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
     runs, device = list_runs(config), pick_device(config.device)
     results = Results(config, device)
-    n = len(config.variants)
+    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
+    n, where = len(config.variants), dict(device=device.type, dtype=dtype)
     if "cache" in config.parts:
         print_caches(config, runs[:n], device)
     if {"loss", "speed"} & set(config.parts):
@@ -740,20 +783,23 @@ def main():
         for i, run in enumerate(runs):
             variant = config.variants[i % n]
             title = f"run {i + 1} of {len(runs)}: {variant}, seed {run.seed}"
-            flags = {k: v for k, v in asdict(run).items() if k not in FILES}
-            key = hashlib.sha256(json.dumps([flags, meta["sha256"]]).encode()).hexdigest()[:12]
+            flags = {k: v for k, v in asdict(run).items() if k not in UNRECORDED}
+            identity = json.dumps([flags, meta["sha256"], results.about["code"]])
+            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
             run = replace(run, out_dir=str(results.path.parent / key))
             results.once("run", variant, flags, lambda: measure_run(
                 run, config.questions, val_data, meta, device, title, signals),
-                data_sha256=meta["sha256"], questions=config.questions)
+                data_sha256=meta["sha256"], questions=config.questions, **where)
+            if signals:
+                sys.exit(128 + signals[0])  # the record is written, the same command goes on
         results.say_what_was_reused(len(runs))
     if "speed" in config.parts:
         settings = dict(variants=config.variants, contexts=config.contexts, rounds=config.rounds,
-                        decode_batch=config.decode_batch, machine=results.about["machine"])
-        flags = {k: v for k, v in asdict(runs[0]).items() if k not in FILES}
+                        decode_batch=config.decode_batch, machine=results.about["machine"], **where)
+        flags = {k: v for k, v in asdict(runs[0]).items() if k not in UNRECORDED}
         results.once("speed", config.variants[0], flags, lambda: measure_speed(
             runs[:n], config, meta["vocab_size"], device), **settings)
-    show(results.records, config, {"variants"})
+    show(results.used, config, config.variants)
 
 
 if __name__ == "__main__":

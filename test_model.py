@@ -923,7 +923,9 @@ def test_a_runs_folder_is_named_after_what_makes_it_another_run():
         return train.run_folder(TrainConfig(**flags)).as_posix()
 
     assert name() == name(max_steps=5, device="cpu", resume=True) == "out/resformer"
-    assert name(value_lambda=(2, 1)) == "out/resformer-value_lambda_2_1"
+    flags = ["--value_lambda", "2", "1", "--grad_clip", "0.5"]
+    assert train.run_folder(prepare_data.parse_flags(TrainConfig, "", flags)[0]).as_posix() == (
+        "out/resformer-value_lambda_2_1-grad_clip_0.5")
     assert name(attention="cla+gqa", n_layer=4, dataset="some/folder", lr=0.002) == (
         "out/cla+gqa-n_layer_4-dataset_folder-lr_0.002")
     assert name(out_dir="x", seed=3) == "x"
@@ -1267,9 +1269,11 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     bench.main()
     shown = capsys.readouterr()
     assert shown.out in printed and "is cut or broken" in shown.err
-    with pytest.raises(UserError, match="--name other: b/results.jsonl has main, again"):
-        monkeypatch.setattr(sys, "argv", [*sys.argv, "--name", "other"])
-        bench.main()
+    for more, message in ((["--name", "other"], "--name other: b/results.jsonl has main, again"),
+                          (["--variants", "vanila"], "--variants: main in .* has vanilla, resf")):
+        with pytest.raises(UserError, match=message), monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*sys.argv, *more])
+            bench.main()
 
 
 def test_the_figures(small_bench, monkeypatch):
@@ -1287,8 +1291,13 @@ def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, mon
     monkeypatch.setattr(bench, "fingerprint", lambda: "edited")
     assert "WARNING: 1 of them were made by other code" in small_bench(*asked)
     assert len(bench_records()) == 1
-    shutil.rmtree(next(p for p in Path("b").iterdir() if p.is_dir()))
-    assert "WARNING" not in small_bench(*asked, "--fresh") and len(bench_records()) == 2
+    assert "complete" not in small_bench(*asked, "--fresh") and len(bench_records()) == 2
+    assert len([p for p in Path("b").iterdir() if p.is_dir()]) == 2  # trained once more
+    both = small_bench("--variants", "gqa", "vanilla", "--seeds", "1", "--parts", "loss")
+    assert "2 vanilla" in both and "WARNING" not in both
+    monkeypatch.setattr(bench, "fingerprint", lambda: "edited again")
+    both = small_bench("--variants", "vanilla", "cla", "--seeds", "1", "--parts", "loss")
+    assert "2 cla" in both and "different versions of the code" in both
 
 
 def test_the_fingerprint_is_the_codes_without_its_comments(tmp_path, monkeypatch):
@@ -1306,7 +1315,7 @@ def test_the_fingerprint_is_the_codes_without_its_comments(tmp_path, monkeypatch
 
 def test_a_results_file_survives_a_cut_line(folder):
     path = Path("r.jsonl")
-    record = dict(name="main", kind="run", variant="vanilla", flags={})
+    record = dict(name="main", kind="run", variant="vanilla", flags={}, date="", code="")
     path.write_text(json.dumps(record)[:-9])
     bench.write_record(path, record)
     assert bench.read_records(path) == [record]

@@ -403,8 +403,9 @@ def run_folder(config: TrainConfig) -> Path:
         value = getattr(config, f.name)
         if value != f.default and f.name not in FREE + ("attention",):
             words = value if isinstance(value, tuple) else (value,)
+            words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
             # Of a data set's path only the last part can be a part of a folder's name.
-            name += "-" + "_".join([f.name, *(Path(str(word)).name for word in words)])
+            name += "-" + "_".join([f.name, *(Path(word).name for word in words)])
     return Path("out", name)
 
 
