@@ -16,6 +16,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -38,8 +39,8 @@ from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data
 SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
            "cla", "svformer+gqa", "cla+gqa")
 PARTS = ("loss", "cache", "speed")
-QUICK = dict(seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20, eval_tokens=16384,
-             questions=400, rounds=3)
+QUICK = dict(name="quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20,
+             eval_tokens=16384, questions=400, rounds=3)
 
 # What a variant may set for itself: its model and its optimizer. Everything else is shared, so that
 # a pair of runs differs in nothing but the variant.
@@ -145,10 +146,12 @@ def write_record(path: Path, record: dict):
     """Appends a line in one write, so that two benches can share a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as f:
+        line = json.dumps(record).encode() + b"\n"
         if f.tell() > 0:
-            f.seek(-1, 2)
-        whole = f.tell() == 0 or f.read(1) == b"\n"
-        f.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":  # a kill has cut the last line
+                line = b"\n" + line
+        f.write(line)
 
 
 class Results:
@@ -195,10 +198,10 @@ class Results:
             self.records.append(record)
         self.used.append(record)
 
-    def say_what_was_reused(self, total: int):
+    def say_what_was_reused(self):
         if self.reused:
             dates = " and ".join(sorted({min(self.reused), max(self.reused)}))
-            print(f"reused {len(self.reused)} of {total} measurements, of {dates}")
+            print(f"reused {len(self.reused)} of {len(self.used)} measurements, of {dates}")
         if self.outdated:
             print(f"WARNING: {self.outdated} of them were made by other code than today's model.py "
                   "and train.py; --fresh measures them anew")
@@ -518,10 +521,6 @@ def print_table(title: str, header: list, rows: list):
         start = end
 
 
-def plural(n: int, word: str) -> str:
-    return f"{n} {word}" + ("" if n == 1 else "s")
-
-
 def print_results(table: dict, start_token: bool):
     """Prints what {variant: {seed: record}} holds, the others against the first."""
     labelled = {}  # a variant's flags are too long for a column
@@ -540,12 +539,13 @@ def print_results(table: dict, start_token: bool):
 def print_losses(labelled: dict, first: dict, minus: str):
     flags = next(iter(first.values()))["flags"]
     tokens = flags["max_steps"] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    seeds = plural(min(map(len, labelled.values())), "seed")
+    seeds = min(map(len, labelled.values()))
     rows = []
     for label, records in labelled.items():
         rows.append([label, *mean_and_gap(records, first, validation, 4),
                      *mean_and_gap(records, first, training, 4)])
-    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; {seeds}",
+    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; "
+                f"{seeds} {'seed' if seeds == 1 else 'seeds'}",
                 ["variant", "validation", minus, "training", minus], rows)
 
 
@@ -751,12 +751,11 @@ def show_file(config: BenchConfig, given: set):
 
 
 def print_caches(config: BenchConfig, runs: list[TrainConfig], device):
-    rows, base = [], None
-    for i, (variant, run) in enumerate(zip(config.variants, runs), start=1):
-        n = cache_bytes(run, 257, device)  # whatever the vocabulary
-        base = base or n
-        rows.append([f"{i} {variant.split()[0]}", f"{n:,.0f}", f"{n / base:.0%}"] + [
-            f"{n * context / 2**20:,.1f}" for context in config.contexts])
+    sizes = [cache_bytes(run, 257, device) for run in runs]  # whatever the vocabulary
+    rows = []
+    for i, (variant, n) in enumerate(zip(config.variants, sizes), start=1):
+        mib = [f"{n * context / 2**20:,.1f}" for context in config.contexts]
+        rows.append([f"{i} {variant.split()[0]}", f"{n:,.0f}", f"{n / sizes[0]:.0%}", *mib])
     print_table("KV cache in float32: bytes per token, then MiB for one sequence",
                 ["variant", "per token", f"of {config.variants[0].split()[0]}'s",
                  *(f"{context:,} tokens" for context in config.contexts)], rows)
@@ -778,6 +777,12 @@ def main():
         print_caches(config, runs[:n], device)
     if {"loss", "speed"} & set(config.parts):
         _, val_data, meta = load_data(runs[0])
+    if "speed" in config.parts:  # before signals are caught: Ctrl-C ends it
+        settings = dict(variants=config.variants, contexts=config.contexts, rounds=config.rounds,
+                        decode_batch=config.decode_batch, machine=results.about["machine"], **where)
+        flags = {k: v for k, v in asdict(runs[0]).items() if k not in UNRECORDED}
+        results.once("speed", config.variants[0], flags, lambda: measure_speed(
+            runs[:n], config, meta["vocab_size"], device), **settings)
     if "loss" in config.parts:
         signals = catch_signals()
         for i, run in enumerate(runs):
@@ -792,13 +797,7 @@ def main():
                 data_sha256=meta["sha256"], questions=config.questions, **where)
             if signals:
                 sys.exit(128 + signals[0])  # the record is written, the same command goes on
-        results.say_what_was_reused(len(runs))
-    if "speed" in config.parts:
-        settings = dict(variants=config.variants, contexts=config.contexts, rounds=config.rounds,
-                        decode_batch=config.decode_batch, machine=results.about["machine"], **where)
-        flags = {k: v for k, v in asdict(runs[0]).items() if k not in UNRECORDED}
-        results.once("speed", config.variants[0], flags, lambda: measure_speed(
-            runs[:n], config, meta["vocab_size"], device), **settings)
+    results.say_what_was_reused()
     show(results.used, config, config.variants)
 
 

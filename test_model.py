@@ -429,9 +429,21 @@ def test_a_seed_fixes_the_text_and_the_cache_that_is_given_is_used():
     model(prompt, cache=cache)  # emptied first
     assert torch.equal(generate(model, prompt, 10, seed=7, cache=cache), first[:, :10])
     assert cache.length == 13  # the last token was drawn, not read
-    assert torch.backends.cuda.cudnn_sdp_enabled()
     generate(model, prompt, 1, seed=2**62)
     model(first[:, :9], first[:, 1:10])[1].backward()  # drawn tokens can be trained on
+
+
+def test_text_is_generated_without_cudnns_attention(monkeypatch):
+    model, seen, hidden_states = tiny_model("vanilla"), [], GPT.hidden_states
+
+    def spy(*args):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden_states(*args)
+
+    monkeypatch.setattr(GPT, "hidden_states", spy)
+    for _ in model.generate(tokens(), 3):
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # as it was, for whoever asked for a token
+    assert seen == [False] * 3
 
 
 def test_draw_follows_the_softmax_of_the_top_k():
@@ -1196,7 +1208,7 @@ def test_gaps_are_paired_by_seed_with_students_interval():
     assert cells == [f"{np.mean([3.5, 1.1, 2.3, 100]):.3f}", f"+0.300 ±{spread:.3f}"]
     assert bench.mean_and_gap(first, first, lambda r: r["x"], 1) == ["2.0", ""]
     assert bench.mean_and_gap({1: dict(x=0.5)}, first, lambda r: r["x"], 1) == ["0.5", "-0.5"]
-    assert bench.interval([1.0] * 20) == 0 and bench.plural(1, "seed") == "1 seed"
+    assert bench.interval([1.0] * 20) == 0
 
     other = dict(val_curve=[[100, 3.0], [200, 2.0]])
 
@@ -1226,7 +1238,8 @@ def small_bench(small_run, monkeypatch, capsys):
     return call
 
 
-caught, DRAW = [], bench.draw
+caught = []  # the signals that bench.py sees
+DRAW = bench.draw
 
 
 def bench_records(kind="run"):
@@ -1256,10 +1269,10 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     assert "38% " in printed and "2 seeds" in printed and max(map(len, printed.splitlines())) <= 100
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
-    assert "reused 6 of 6 measurements, of 20" in small_bench(*asked)
+    assert "reused 7 of 7 measurements, of 20" in small_bench(*asked)
     assert "reused" in small_bench(*asked, "--name", "again", "--parts", "loss")
     with pytest.raises(TypeError):  # another flag is another run
-        small_bench(*asked, "--weight_decay", "0.2")
+        small_bench(*asked, "--weight_decay", "0.2", "--parts", "loss")
     with Path("b/results.jsonl").open("a") as f:
         f.write('{"name": "main", "ki')  # killed in a write
     shutil.rmtree("data")
