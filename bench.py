@@ -225,50 +225,63 @@ MEASURES = {
 
 @torch.no_grad()
 def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list]:
-    """MEASURES for each layer, as means over the sequences idx (B, T), and "importance" (L, T).
-
-    A layer's attention, averaged over heads, summed over queries and normalised over keys, says how
-    important each token is (arXiv 2410.17897, eq. 11). "first" is what the queries after the first
-    pay to the first token. Values are those that attention uses, V_n mixed with V_1 where it is.
-    "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12); it grows with the values' norm, so
-    "rank" is the fair form: exp of the entropy of the spectrum divided by its sum."""
-    found = {name: [] for name in (*MEASURES, "importance")}
-
-    def first_over_others(x):  # (B, T, numbers)
-        norms = x.norm(dim=-1)
-        return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
+    """MEASURES for each layer, as means over the sequences idx (B, T), and "importance" (L, T)."""
+    layers = []
 
     def after_attention(attention, inputs, outputs):
         x, rope, k1 = inputs[0], inputs[1], inputs[5]
         _, k, v = outputs
-        A = attention_matrix(attention, x, rope, k1, k)  # (B, T queries, T keys)
-        importance = A.sum(dim=1) / A.size(1)  # (B, T), sums to 1
-        values = v.transpose(1, 2).flatten(2)  # (B, T, nkv * hs)
-        moment = values.transpose(1, 2) @ values / values.size(1)
-        spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (B, nkv * hs)
-        share = spectrum / spectrum.sum(dim=-1, keepdim=True)
-        found["importance"].append(importance.mean(dim=0).tolist())
-        found["entropy"].append(torch.special.entr(importance).sum(dim=-1).mean().item())
-        found["top"].append(importance.max(dim=-1).values.mean().item())
-        found["first"].append(A[:, 1:, 0].mean().item())
-        found["value_norm"].append(first_over_others(values))
-        found["eigenvalue"].append(spectrum.max(dim=-1).values.mean().item())
-        found["rank"].append(torch.special.entr(share).sum(dim=-1).exp().mean().item())
+        A = attention_matrix(attention, x, rope, k1, k)
+        layers.append(describe_attention(A, v.transpose(1, 2).flatten(2)))
 
     def after_block(_, inputs, outputs):
-        x = outputs[0]
-        found["hidden_norm"].append(first_over_others(x))
-        T, total = x.size(1), F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
-        # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
-        cosines = (total.square().sum(dim=-1) - T) / (T * (T - 1))
-        found["similarity"].append(cosines.mean().item())
+        layers[-1] |= describe_hidden_states(outputs[0])
 
     hooks = [block.self_attn.register_forward_hook(after_attention) for block in model.layers]
     hooks += [block.register_forward_hook(after_block) for block in model.layers]
     model.hidden_states(idx)
     for hook in hooks:
         hook.remove()
-    return found
+    return {name: [layer[name] for layer in layers] for name in layers[0]}
+
+
+def describe_attention(A: torch.Tensor, values: torch.Tensor) -> dict:
+    """A (B, T queries, T keys) is the mean over heads; values (B, T, nkv * hs) are those that
+    attention uses, V_n mixed with V_1 where it is.
+
+    The attention that a token gets, averaged over queries, is its importance (arXiv 2410.17897,
+    eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12); it grows with the values'
+    norm, so "rank" is the fair form: exp of the entropy of the spectrum divided by its sum."""
+    importance = A.mean(dim=1)  # (B, T), sums to 1
+    moment = values.transpose(1, 2) @ values / values.size(1)
+    spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (B, nkv * hs)
+    share = spectrum / spectrum.sum(dim=-1, keepdim=True)
+    return dict(importance=importance.mean(dim=0).tolist(),
+                entropy=entropy(importance).mean().item(),
+                top=importance.max(dim=-1).values.mean().item(),
+                first=A[:, 1:, 0].mean().item(),  # what the queries after the first pay to it
+                value_norm=first_over_others(values),
+                eigenvalue=spectrum.max(dim=-1).values.mean().item(),
+                rank=entropy(share).exp().mean().item())
+
+
+def describe_hidden_states(x: torch.Tensor) -> dict:  # (B, T, C)
+    T = x.size(1)
+    total = F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
+    # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
+    cosines = (total.square().sum(dim=-1) - T) / (T * (T - 1))
+    return dict(hidden_norm=first_over_others(x), similarity=cosines.mean().item())
+
+
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    """In nats, over the last dimension."""
+    return torch.special.entr(p).sum(dim=-1)
+
+
+def first_over_others(x: torch.Tensor) -> float:
+    """(B, T, numbers): the first token's norm over the mean of the others'."""
+    norms = x.norm(dim=-1)
+    return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
 
 
 def attention_matrix(attention, x, rope, k1, k) -> torch.Tensor:
@@ -309,7 +322,8 @@ def even(T: int, width: int) -> dict[str, float]:
 @torch.no_grad()
 def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float:
     """A stand-in for downstream tasks: of a context's real continuation and three from elsewhere in
-    the text, is the real one the likeliest? Chance is 1/4. The questions are the same for all."""
+    the text, is the real one the likeliest? Chance is 1/4; where one of the three is the same text,
+    the answer counts as right. The questions are the same for all."""
     T, V = model.config.block_size, model.config.vocab_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
     places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
@@ -327,50 +341,45 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     return right / questions
 
 
-@torch.no_grad()
-def cache_bytes(run: TrainConfig, vocab_size: int, device) -> float:
-    """Bytes per token, in float32, of the tensors of a cache that decoding has filled."""
-    c = model_config(run, vocab_size)
-    model, n = GPT(c).to(device), min(8, c.block_size)
-    cache = KVCache(c, 1, n, device)
-    for _ in range(n):
-        model(torch.zeros(1, 1, dtype=torch.long, device=device), cache=cache)
-    return cache.nbytes / cache.length
-
-
 def rounded(numbers: np.ndarray) -> list:
     """To five significant digits."""
     return np.vectorize(lambda x: float(f"{x:.5g}"))(numbers).tolist()
 
 
+def look_at_texts(model: GPT, data, meta, device, start_token: bool) -> dict[str, list]:
+    """look_at_attention, averaged over 64 sequences; start_token: an end-of-text before each."""
+    T, looks = model.config.block_size, []
+    for start in np.linspace(0, len(data) - T - 1, 64).astype(np.int64):
+        # One at a time: attention is nh x T x T numbers.
+        idx, _ = windows(data, start[None], T, device)
+        if start_token:
+            end_of_text = torch.full_like(idx[:, :1], meta["vocab_size"] - 1)
+            idx = torch.cat((end_of_text, idx[:, :-1]), dim=1)
+        looks.append(look_at_attention(model, idx))
+    return {name: rounded(np.mean([look[name] for look in looks], axis=0)) for name in looks[0]}
+
+
 def measure_run(run: TrainConfig, questions: int, data, meta, device, title, signals) -> dict:
+    """Trains a model; what a record says of it."""
     model, history = train(run, signals, title, verbose=False)
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
     seconds = sum(r["seconds"] for r in history)  # of the steps, without the evaluations
-    starts = np.linspace(0, len(data) - run.block_size - 1, 64).astype(np.int64)
-    looks = {"attention": [], "attention_start": []}
-    for i in starts[:, None]:  # one at a time: attention is nh x T x T numbers
-        idx, _ = windows(data, i, run.block_size, device)
-        end_of_text = torch.full_like(idx[:, :1], meta["vocab_size"] - 1)
-        looks["attention"].append(look_at_attention(model, idx))
-        looks["attention_start"].append(
-            look_at_attention(model, torch.cat((end_of_text, idx[:, :-1]), dim=1)))
-    found = {}
-    for kind, each in looks.items():
-        found[kind] = {name: rounded(np.mean([look[name] for look in each], axis=0))
-                       for name in each[0]}
     curve = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
     print(f"{title}: {curve[-1][1]:.4f} nats per token, {seconds:.0f} s", file=sys.stderr)
-    return dict(params=model.num_params(), seconds=round(seconds, 1), val_curve=curve,
+    lambdas = [[n, float(l1), float(l2)] for n, (l1, l2) in model.value_lambdas().items()]
+    return dict(params=model.num_params(),
+                seconds=round(seconds, 1),
+                val_curve=curve,
                 train_curve=[round(r["loss"], 4) for r in history],
                 bits_per_byte=history[-1]["bits_per_byte"],
                 task=task_accuracy(model, data, questions, device),
-                cache_bytes=cache_bytes(run, meta["vocab_size"], device),
+                cache_bytes=model.kv_bytes_per_token(),
                 value_width=model.config.n_kv_head * model.config.head_dim,
-                value_lambdas=[[n, float(l1), float(l2)]
-                               for n, (l1, l2) in model.value_lambdas().items()], **found)
+                value_lambdas=lambdas,
+                attention=look_at_texts(model, data, meta, device, start_token=False),
+                attention_start=look_at_texts(model, data, meta, device, start_token=True))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -416,7 +425,7 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
 
 
 def measure_speed(runs, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{variant: {task: [tokens per second, as a ratio to the first variant's]}}, timed in turns."""
+    """{variant: {task: [tokens per second, ratio to the first variant's]}}, timed in turns."""
     first = speed_tasks(runs[0], config, vocab_size, device)
     found = {}
     for variant, run in zip(config.variants, tqdm(runs, desc="speed", disable=None)):
@@ -462,6 +471,14 @@ def training(record) -> float:
     return float(np.mean(curve[-max(1, len(curve) // 20):]))
 
 
+def task_percent(record) -> float:
+    return 100 * record["task"]
+
+
+def tokens_per_step(flags: dict) -> int:
+    return flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+
+
 def deeper_half(measure: str, start_token: bool):
     kind = "attention_start" if start_token else "attention"
 
@@ -488,104 +505,89 @@ def interval(values) -> float:
     return T95[min(n, len(T95) + 1) - 2] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def mean_and_gap(records: dict, first: dict, measure, digits: int) -> list[str]:
-    """[mean of a variant, its mean difference from the first variant with the 95% interval], from
-    {seed: record} each; a difference is taken of the seeds that both have."""
-    mean = f"{np.mean([measure(r) for r in records.values()]):.{digits}f}"
-    gaps = [measure(r) - measure(first[seed]) for seed, r in records.items() if seed in first]
-    if records is first or not gaps:
-        return [mean, ""]
-    gap = f"{np.mean(gaps):+.{digits}f}"
-    if len(gaps) > 1:
-        gap += f" ±{interval(gaps):.{digits}f}"
-    return [mean, gap]
+def gaps(records: dict, first: dict, measure) -> list[float]:
+    """A variant's measure minus the first variant's, of each seed that both have."""
+    return [measure(r) - measure(first[seed]) for seed, r in records.items() if seed in first]
+
+
+def mean_and_gap(records: dict, first: dict, measure, digits: int) -> str:
+    """The mean over seeds; then the mean difference from the first variant and its 95% interval."""
+    text = f"{np.mean([measure(r) for r in records.values()]):.{digits}f}"
+    differences = gaps(records, first, measure)
+    if records is first or not differences:
+        return text
+    text += f" {np.mean(differences):+.{digits}f}"
+    if len(differences) > 1:
+        text += f" ±{interval(differences):.{digits}f}"
+    return text
+
+
+def fewer_tokens(records: dict, first: dict) -> str:
+    saved = [tokens_saved(r, first[seed]) for seed, r in records.items()
+             if seed in first and len(r["val_curve"]) > 1]
+    if records is first or not saved:
+        return ""
+    return "not reached" if math.isnan(sum(saved)) else f"{np.mean(saved):.0%}"
 
 
 def print_table(title: str, header: list, rows: list):
-    """Columns that do not fit the terminal go into a further table below."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(header, *rows)]
+    """Columns that do not fit on the terminal go into a further table below."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
     room = max(40, shutil.get_terminal_size((100, 24)).columns)
-    start = 1
-    print(f"\n{title}\n")
-    while start < len(header):
-        end, total = start, widths[0] + 4
-        while end < len(header) and (end == start or total + widths[end] + 3 <= room):
-            total += widths[end] + 3
-            end += 1
+    columns = list(range(1, len(header)))
+    print(f"\n{title}")
+    while columns:
+        shown = [columns.pop(0)]
+        while columns and 4 + widths[0] + sum(widths[i] + 3 for i in (*shown, columns[0])) <= room:
+            shown.append(columns.pop(0))
+        print()
         for row in (header, ["-" * width for width in widths], *rows):
-            cells = [str(row[0]).ljust(widths[0])]
-            cells += [str(row[i]).rjust(widths[i]) for i in range(start, end)]
+            cells = [row[0].ljust(widths[0])]
+            cells += [row[i].rjust(widths[i]) for i in shown]
             print("|", " | ".join(cells), "|")
-        if end < len(header):
-            print()
-        start = end
 
 
 def print_results(table: dict, start_token: bool):
     """Prints what {variant: {seed: record}} holds, the others against the first."""
-    labelled = {}  # a variant's flags are too long for a column
+    name, first = next(iter(table.items()))
+    one = next(iter(first.values()))
+    losses, attention = [], []
     for i, (variant, records) in enumerate(table.items(), start=1):
-        labelled[f"{i} {variant.split()[0]}"] = records
-    first = next(iter(table.values()))
-    minus = f"minus {next(iter(table)).split()[0]}'s"
-    print_losses(labelled, first, minus)
-    print_costs(labelled, first, minus)
-    print_attention(labelled, first, minus, start_token)
-    for label, variant in zip(labelled, table):
-        if len(variant.split()) > 1:
-            print(f"{label}: {variant}")
-
-
-def print_losses(labelled: dict, first: dict, minus: str):
-    flags = next(iter(first.values()))["flags"]
-    tokens = flags["max_steps"] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    seeds = min(map(len, labelled.values()))
-    rows = []
-    for label, records in labelled.items():
-        rows.append([label, *mean_and_gap(records, first, validation, 4),
-                     *mean_and_gap(records, first, training, 4)])
-    print_table(f"Loss in nats per token after {tokens:,} tokens, lower is better; "
-                f"{seeds} {'seed' if seeds == 1 else 'seeds'}",
-                ["variant", "validation", minus, "training", minus], rows)
-
-
-def print_costs(labelled: dict, first: dict, minus: str):
-    whole = next(iter(first.values()))["cache_bytes"]
-    rows = []
-    for label, records in labelled.items():
-        record = next(iter(records.values()))
-        share = f"{record['cache_bytes'] / whole:.0%}"
-        saved = [tokens_saved(r, first[seed]) for seed, r in records.items() if seed in first]
-        fewer = ""
-        if records is not first and saved and len(record["val_curve"]) > 1:
-            fewer = "not reached" if math.isnan(sum(saved)) else f"{np.mean(saved):.0%}"
-        task = mean_and_gap(records, first, lambda r: 100 * r["task"], 1)
-        rows.append([label, f"{record['params']:,}", fewer, f"{record['cache_bytes']:,.0f}", share,
-                     *task])
-    print_table("Cost and task; KV cache in bytes per token, float32; task: % right of four, "
-                "chance 25", ["variant", "parameters", "fewer tokens", "KV cache", "share", "task",
-                              minus], rows)
-
-
-def print_attention(labelled: dict, first: dict, minus: str, start_token: bool):
-    rows = []
-    for label, records in labelled.items():
-        row = [label]
+        label = f"{i} {variant.split()[0]}"  # its flags are too long for a column
+        r = next(iter(records.values()))
+        losses.append([label, f"{len(records)}",
+                       mean_and_gap(records, first, validation, 4),
+                       mean_and_gap(records, first, training, 4),
+                       fewer_tokens(records, first),
+                       mean_and_gap(records, first, task_percent, 1),
+                       f"{r['params']:,}",
+                       f"{r['cache_bytes']:,.0f}",
+                       f"{r['cache_bytes'] / one['cache_bytes']:.0%}"])
+        attention.append([label])
         for measure, (_, digits) in MEASURES.items():
-            cells = mean_and_gap(records, first, deeper_half(measure, start_token), digits)
-            row.append(" ".join(cells).strip())
-        rows.append(row)
-    record = next(iter(first.values()))
-    baseline = even(record["flags"]["block_size"], record["value_width"])
-    row = ["even / random"]
+            deeper = deeper_half(measure, start_token)
+            attention[-1].append(mean_and_gap(records, first, deeper, digits))
+    attention.append(["even / random"])
+    baseline = even(one["flags"]["block_size"], one["value_width"])
     for measure, (_, digits) in MEASURES.items():
-        row.append(f"{baseline[measure]:.{digits}f}" if measure in baseline else "")
+        known = measure in baseline
+        attention[-1].append(f"{baseline[measure]:.{digits}f}" if known else "")
+
+    minus = f"mean, minus {name.split()[0]}'s ± its 95% interval"
+    tokens = one["flags"]["max_steps"] * tokens_per_step(one["flags"])
+    print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
+                "four, chance 25; KV cache in bytes per token, float32",
+                ["variant", "seeds", "validation loss", "training loss", "fewer tokens", "task",
+                 "parameters", "KV cache", "share"], losses)
     start = ", end-of-text first" if start_token else ""
-    print_table(f"Attention in the deeper half of the layers, and {minus}{start}",
-                ["variant", *MEASURES], [*rows, row])
+    print_table(f"Attention in the deeper half of the layers{start}; {minus}",
+                ["variant", *MEASURES], attention)
     print()
     for measure, (meaning, _) in MEASURES.items():
         print(f"{measure}: {meaning}")
+    for (label, *_), variant in zip(losses, table):
+        if len(variant.split()) > 1:
+            print(f"{label}: {variant}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -604,25 +606,31 @@ def draw(table: dict, name: str, folder: Path, start_token: bool):
         return
     folder.mkdir(parents=True, exist_ok=True)
     kind = "attention_start" if start_token else "attention"
-    figures = {"cache": draw_cache(pyplot, table), "loss": draw_loss(pyplot, table),
-               "attention": draw_attention(pyplot, table, kind),
-               "heat": draw_heat(pyplot, table, kind)}
-    for what, figure in figures.items():
+    figures = dict(cache=draw_cache, loss=draw_loss, attention=draw_attention, heat=draw_heat)
+    for what, draw_one in figures.items():
+        figure = draw_one(pyplot, table, kind)
         figure.savefig(folder / f"{name}-{what}.png", dpi=110)
         pyplot.close(figure)
     print(f"\nfigures: {', '.join(f'{name}-{what}.png' for what in figures)} in {folder}")
 
 
-def draw_cache(pyplot, table):
+def draw_band(ax, x, curves, colour, label):
+    """The mean of the seeds' curves, and around it the range of all of them."""
+    ax.plot(x, np.mean(curves, axis=0), color=colour, label=label)
+    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15,
+                    linewidth=0)
+
+
+def draw_cache(pyplot, table, kind):
     figure, ax = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    first, taken = next(iter(table.values())), []
+    first = next(iter(table.values()))
+    taken = []
     for i, (variant, records) in enumerate(table.items()):
-        gaps = [validation(r) - validation(first[seed])
-                for seed, r in records.items() if seed in first]
         x = next(iter(records.values()))["cache_bytes"]
         beside = x * (1 + 0.02 * taken.count(x))  # so that equal caches don't hide each other
         taken.append(x)
-        ax.errorbar(beside, np.mean(gaps), interval(gaps), fmt="os"[i // 5 % 2],
+        differences = gaps(records, first, validation)
+        ax.errorbar(beside, np.mean(differences), interval(differences), fmt="os"[i // 5 % 2],
                     capsize=4, color=COLOURS[i % 5], label=variant)
     ax.set_xlim(0, None)
     ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
@@ -631,32 +639,26 @@ def draw_cache(pyplot, table):
     return figure
 
 
-def draw_loss(pyplot, table):
-    first, *others = table
+def draw_loss(pyplot, table, kind):
+    (name, first), *others = table.items()
     panels = max(1, math.ceil(len(others) / 5))
     figure, axes = pyplot.subplots(1, panels, figsize=(9, 4.5), layout="constrained", sharey=True,
                                    squeeze=False)
-    for i, variant in enumerate(others):
-        ax, colour, flags = axes[0, i // 5], COLOURS[i % 5], None
-        curves = []
-        for seed, record in table[variant].items():
-            if seed in table[first]:
-                flags = record["flags"]
-                gap = np.subtract(record["train_curve"], table[first][seed]["train_curve"])
-                n = len(gap) // 20 + 1  # smoothed over a twentieth of the steps
-                curves.append(np.convolve(gap, np.full(n, 1 / n), "valid"))
-        if curves:
-            tokens = flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-            x = tokens * (np.arange(len(curves[0])) + n) / 1e6
-            ax.plot(x, np.mean(curves, axis=0), color=colour, label=variant)
-            ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour,
-                            alpha=0.15, linewidth=0)
+    for i, (variant, records) in enumerate(others):
+        curves = gaps(records, first, lambda record: np.array(record["train_curve"]))
+        if not curves:
+            continue
+        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth of the steps
+        curves = [np.convolve(curve, np.full(n, 1 / n), "valid") for curve in curves]
+        steps = np.arange(len(curves[0])) + n
+        tokens = steps * tokens_per_step(next(iter(records.values()))["flags"])
+        draw_band(axes[0, i // 5], tokens / 1e6, curves, COLOURS[i % 5], variant)
     for ax in axes[0]:
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(xlabel="million tokens")
         if others:
             ax.legend()
-    axes[0, 0].set(ylabel=f"training loss minus {first}'s,\nnats per token (lower is better)")
+    axes[0, 0].set(ylabel=f"training loss minus {name}'s,\nnats per token (lower is better)")
     return figure
 
 
@@ -666,11 +668,8 @@ def draw_attention(pyplot, table, kind):
     baseline = even(record["flags"]["block_size"], record["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
         for colour, (variant, records) in zip(COLOURS, table.items()):  # at most five
-            layers = np.array([r[kind][measure] for r in records.values()])
-            x = np.arange(1, layers.shape[1] + 1)
-            ax.plot(x, layers.mean(axis=0), color=colour, label=variant)
-            ax.fill_between(x, layers.min(axis=0), layers.max(axis=0), color=colour, alpha=0.15,
-                            linewidth=0)
+            layers = [r[kind][measure] for r in records.values()]
+            draw_band(ax, np.arange(len(layers[0])) + 1, layers, colour, variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
     axes[0, 0].legend()
@@ -697,17 +696,23 @@ def draw_heat(pyplot, table, kind):
 # -------------------------------------------------------------------------------------------------
 
 
+def comparable(record: dict) -> str:
+    """What two runs must have in common to be a pair, as text."""
+    shared = {k: v for k, v in record["flags"].items() if k not in OWN_FLAGS | {"seed"}}
+    return json.dumps([shared, *(record[k] for k in ("data_sha256", "device", "dtype",
+                                                     "questions"))])
+
+
 def show(records: list[dict], config: BenchConfig, variants):
     """Prints and draws what records hold of the variants, against the first of them."""
-    groups = {}  # runs can be paired only if everything shared is the same
+    tables = {}
     for r in records:
         if r["kind"] == "run" and r["variant"] in variants:
-            shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
-            shared = [shared, *(r[key] for key in ("data_sha256", "device", "dtype", "questions"))]
-            table = groups.setdefault(json.dumps(shared), {variant: {} for variant in variants})
+            empty = {variant: {} for variant in variants}
+            table = tables.setdefault(comparable(r), empty)
             table[r["variant"]][r["flags"]["seed"]] = r  # of two, the newer
-    for i, table in enumerate(groups.values(), start=1):
-        missing = [variant for variant, found in table.items() if not found]
+    for i, table in enumerate(tables.values(), start=1):
+        missing = [variant for variant in variants if not table[variant]]
         if missing:
             print(f"\nno runs of {', '.join(missing)}")
         if variants[0] in missing:
@@ -716,20 +721,11 @@ def show(records: list[dict], config: BenchConfig, variants):
         if len({r["code"] for found in table.values() for r in found.values()}) > 1:
             print("\nWARNING: these runs were made by different versions of the code")
         print_results(table, config.start_token)
-        name = config.name if len(groups) == 1 else f"{config.name}-{i}"
+        name = config.name if len(tables) == 1 else f"{config.name}-{i}"
         draw(table, name, Path(config.out_dir), config.start_token)
     for r in records:
         if r["kind"] == "speed":
             print_speed(r)
-
-
-def print_speed(record: dict):
-    rows = []
-    for i, (variant, tasks) in enumerate(record["speed"].items(), start=1):
-        cells = [f"{ratio:.2f} ({rate:,.0f})" for rate, ratio in tasks.values()]
-        rows.append([f"{i} {variant.split()[0]}", *cells])
-    print_table(f"Speed over the first variant's (tokens per second) on {record['machine']}",
-                ["variant", *tasks], rows)
 
 
 def show_file(config: BenchConfig, given: set):
@@ -743,22 +739,76 @@ def show_file(config: BenchConfig, given: set):
         names = ", ".join(dict.fromkeys(r["name"] for r in everything))
         raise UserError(f"--name {config.name}: {path} has {names}")
     runs = [r for r in records if r["kind"] == "run"]
-    measured = tuple(dict.fromkeys(r["variant"] for r in runs))
-    if "variants" in given and not set(config.variants) <= set(measured):
-        raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
     speeds = [r for r in records if r["kind"] == "speed"]
-    show(runs + speeds[-1:], config, config.variants if "variants" in given else measured)
+    variants = measured = tuple(dict.fromkeys(r["variant"] for r in runs))
+    if "variants" in given:
+        variants = config.variants
+        if not set(variants) <= set(measured):
+            raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
+    show(runs + speeds[-1:], config, variants)
 
 
-def print_caches(config: BenchConfig, runs: list[TrainConfig], device):
-    sizes = [cache_bytes(run, 257, device) for run in runs]  # whatever the vocabulary
+def print_speed(record: dict):
     rows = []
-    for i, (variant, n) in enumerate(zip(config.variants, sizes), start=1):
+    for i, (variant, tasks) in enumerate(record["speed"].items(), start=1):
+        cells = [f"{ratio:.2f} ({rate:,.0f})" for rate, ratio in tasks.values()]
+        rows.append([f"{i} {variant.split()[0]}", *cells])
+    print_table(f"Speed over the first variant's (tokens per second) on {record['machine']}",
+                ["variant", *tasks], rows)
+
+
+def print_caches(config: BenchConfig, runs: list[TrainConfig]):
+    rows = []
+    for i, run in enumerate(runs, start=1):
+        # One token, without storage; the vocabulary does not matter.
+        n = KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
+        if i == 1:
+            whole = n
         mib = [f"{n * context / 2**20:,.1f}" for context in config.contexts]
-        rows.append([f"{i} {variant.split()[0]}", f"{n:,.0f}", f"{n / sizes[0]:.0%}", *mib])
+        rows.append([f"{i} {run.attention}", f"{n:,}", f"{n / whole:.0%}", *mib])
+    contexts = [f"{context:,} tokens" for context in config.contexts]
     print_table("KV cache in float32: bytes per token, then MiB for one sequence",
-                ["variant", "per token", f"of {config.variants[0].split()[0]}'s",
-                 *(f"{context:,} tokens" for context in config.contexts)], rows)
+                ["variant", "per token", f"of {runs[0].attention}'s", *contexts], rows)
+
+
+def measure_everything(config: BenchConfig, device: torch.device):
+    """The parts that are asked for: the cache, then the speed, then the runs."""
+    runs, results = list_runs(config), Results(config, device)
+    n = len(config.variants)  # the first n runs are the first seed's
+    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
+    where = dict(device=device.type, dtype=dtype)
+    if "cache" in config.parts:
+        print_caches(config, runs[:n])
+    if {"loss", "speed"} & set(config.parts):
+        _, val_data, meta = load_data(runs[0])
+
+    if "speed" in config.parts:  # before signals are caught: Ctrl-C ends it
+        settings = {k: getattr(config, k) for k in ("variants", "contexts", "rounds",
+                                                    "decode_batch")}
+        results.once("speed", config.variants[0], recorded_flags(runs[0]),
+                     lambda: measure_speed(runs[:n], config, meta["vocab_size"], device),
+                     machine=results.about["machine"], **settings, **where)
+
+    if "loss" in config.parts:
+        signals = catch_signals()
+        for i, run in enumerate(runs):
+            variant, flags = config.variants[i % n], recorded_flags(run)
+            title = f"run {i + 1} of {len(runs)}: {variant}, seed {run.seed}"
+            identity = json.dumps([flags, meta["sha256"], results.about["code"]])
+            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+            run = replace(run, out_dir=str(results.path.parent / key))
+            results.once("run", variant, flags,
+                         lambda: measure_run(run, config.questions, val_data, meta, device, title,
+                                             signals),
+                         data_sha256=meta["sha256"], questions=config.questions, **where)
+            if signals:
+                sys.exit(128 + signals[0])  # the record is written, the same command goes on
+    results.say_what_was_reused()
+    show(results.used, config, config.variants)
+
+
+def recorded_flags(run: TrainConfig) -> dict:
+    return {k: v for k, v in asdict(run).items() if k not in UNRECORDED}
 
 
 def main():
@@ -769,36 +819,7 @@ def main():
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
-    runs, device = list_runs(config), pick_device(config.device)
-    results = Results(config, device)
-    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
-    n, where = len(config.variants), dict(device=device.type, dtype=dtype)
-    if "cache" in config.parts:
-        print_caches(config, runs[:n], device)
-    if {"loss", "speed"} & set(config.parts):
-        _, val_data, meta = load_data(runs[0])
-    if "speed" in config.parts:  # before signals are caught: Ctrl-C ends it
-        settings = dict(variants=config.variants, contexts=config.contexts, rounds=config.rounds,
-                        decode_batch=config.decode_batch, machine=results.about["machine"], **where)
-        flags = {k: v for k, v in asdict(runs[0]).items() if k not in UNRECORDED}
-        results.once("speed", config.variants[0], flags, lambda: measure_speed(
-            runs[:n], config, meta["vocab_size"], device), **settings)
-    if "loss" in config.parts:
-        signals = catch_signals()
-        for i, run in enumerate(runs):
-            variant = config.variants[i % n]
-            title = f"run {i + 1} of {len(runs)}: {variant}, seed {run.seed}"
-            flags = {k: v for k, v in asdict(run).items() if k not in UNRECORDED}
-            identity = json.dumps([flags, meta["sha256"], results.about["code"]])
-            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-            run = replace(run, out_dir=str(results.path.parent / key))
-            results.once("run", variant, flags, lambda: measure_run(
-                run, config.questions, val_data, meta, device, title, signals),
-                data_sha256=meta["sha256"], questions=config.questions, **where)
-            if signals:
-                sys.exit(128 + signals[0])  # the record is written, the same command goes on
-    results.say_what_was_reused()
-    show(results.used, config, config.variants)
+    measure_everything(config, pick_device(config.device))
 
 
 if __name__ == "__main__":
