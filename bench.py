@@ -598,7 +598,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
 def draw(table: dict, name: str, folder: Path, start_token: bool):
-    """<name>-cache.png, -loss.png, -attention.png and -heat.png in folder."""
+    """<name>-cache.png, -loss.png, -attention.png and -heat.png in folder, each by a function of
+    (pyplot, table, the kind of attention that it draws) that returns a figure."""
     try:
         from matplotlib import pyplot
     except ImportError:

@@ -1625,6 +1625,7 @@ def test_a_folder_has_one_owner_and_a_crashed_one_does_not_block_it(small_run):
 @pytest.mark.parametrize("max_steps, stops_after", [(4, 3), (2, 2)])
 def test_a_signal_saves_and_says_how_to_go_on(small_run, script, monkeypatch, capfd, number,
                                               max_steps, stops_after):
+    # The fixture script puts the handlers of signals back.
     evaluate, sent = train.evaluate, []
 
     def interrupted(*args):  # in the evaluation after step 2, which may be the last
