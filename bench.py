@@ -171,8 +171,7 @@ class Results:
     def find(self, same: dict) -> dict | None:
         """The newest record in which all of same stands, whatever experiment it belongs to; by
         today's code if there is one, else, without --fresh, by other code."""
-        found = [record for record in self.records
-                 if all(record.get(key) == value for key, value in same.items())]
+        found = [record for record in self.records if same.items() <= record.items()]
         for record in reversed(found):
             if record["code"] == self.about["code"]:
                 return record
@@ -186,14 +185,12 @@ class Results:
         with what measure() returns."""
         same = json.loads(json.dumps(dict(kind=kind, flags=flags, **settings)))
         record = self.find(same)
-        if record is not None:
-            self.reused.append(record["date"])
-            known = (record["name"], record["variant"]) == (self.name, variant)
-            record = record | dict(name=self.name, variant=variant)
-        else:
-            known = False
+        if record is None:
             record = dict(name=self.name, variant=variant) | same | self.about | measure()
-        if not known:
+        else:
+            self.reused.append(record["date"])
+            record = record | dict(name=self.name, variant=variant)
+        if record not in self.records:  # new, or new under this name
             write_record(self.path, record)
             self.records.append(record)
         self.used.append(record)
@@ -305,14 +302,11 @@ def even_attention(T: int) -> np.ndarray:
 
 def even(T: int, width: int) -> dict[str, float]:
     """MEASURES where attention is even over the tokens so far and values have random directions."""
-    A = even_attention(T)
-    importance = A.mean(axis=0)
-    values = np.random.default_rng(0).standard_normal((T, width))
-    spectrum = np.linalg.eigvalsh(values.T @ values / T).clip(1e-12)
-    share = spectrum / spectrum.sum()
-    return dict(entropy=-(importance * np.log(importance)).sum(), top=importance.max(),
-                first=A[1:, 0].mean(), value_norm=1.0, hidden_norm=1.0, similarity=0.0,
-                rank=np.exp(-(share * np.log(share)).sum()))
+    A = torch.from_numpy(even_attention(T))
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
+    found = describe_attention(A[None], values[None])
+    del found["eigenvalue"]  # it depends on the size of the values
+    return found | dict(value_norm=1.0, hidden_norm=1.0, similarity=0.0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -386,13 +380,6 @@ def measure_run(run: TrainConfig, questions: int, data, meta, device, title, sig
 # Speed
 
 
-def wait_for(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
     """{what is timed: (a function that does it, its tokens)}"""
     model, dtype = make_model(run, vocab_size, device), pick_dtype(run, device)
@@ -448,7 +435,8 @@ def timed_in_turns(first, second, rounds: int, device) -> list:
         for f in (first, second):
             start = time.perf_counter()
             f()
-            wait_for(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     return seconds[1:]

@@ -192,6 +192,7 @@ def test_logits_loss_and_gradients_equal_the_reference(attention):
     loss.backward()
     assert abs(loss.item() - expected_loss.item()) < 1e-9
     for name, p in model.named_parameters():
+        assert p.grad is not None, name  # no parameter without a use
         torch.testing.assert_close(p.grad, P[name].grad, rtol=0, atol=1e-9, msg=name)
 
 
@@ -277,34 +278,6 @@ def test_cache_holds_what_the_formula_says(attention, n_layer):
     a_token = KV_NUMBERS[attention](n_layer) * h * 2
     assert cache.nbytes == 3 * 11 * a_token
     assert GPT(config).kv_bytes_per_token(torch.bfloat16) == a_token
-    held = {t.untyped_storage().data_ptr() for t in (*cache.k.values(), *cache.v.values())}
-    assert len(held) == len(cache.k) + len(cache.v)
-
-
-@pytest.mark.parametrize("attention", EVERY)
-def test_parameters_are_those_that_the_layers_own(attention):
-    config = tiny_config(attention)
-    names = config.attention.split("+")
-    expected = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
-    for i in range(5):
-        shares_both = "cla" in names and i in (1, 3)
-        shares_v = shares_both or ("svformer" in names and i > 0)
-        parts = ["input_layernorm", "post_attention_layernorm", "self_attn.q_proj",
-                 "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-        parts += [] if shares_both else ["self_attn.k_proj"]
-        parts += [] if shares_v else ["self_attn.v_proj"]
-        expected |= {f"layers.{i}.{part}.weight" for part in parts}
-        expected |= {f"depth_weights.{i}"} if "denseformer" in names else set()
-    if config.value_residual != "fixed":
-        expected |= {"value_l1", "value_l2"}
-        expected |= {"value_total"} if config.value_residual == "plus" else set()
-    state = GPT(config).state_dict()
-    assert set(state) == expected
-    if "gqa" in names:
-        assert state["layers.0.self_attn.k_proj.weight"].shape == (16, 32)
-    if "denseformer" in names:
-        assert [len(state[f"depth_weights.{i}"]) for i in range(5)] == [2, 3, 4, 5, 6]
-        assert state["depth_weights.2"].tolist() == [0, 0, 0, 1]
 
 
 def test_the_papers_82m():
@@ -319,7 +292,7 @@ def test_the_papers_82m():
     assert crosslayer - vanilla == 12 * 4 * 32 * 32
 
 
-def test_learned_value_residuals_start_where_they_should():
+def test_learned_weights_start_where_they_should():
     def start(value_residual, **changes):
         model = GPT(GPTConfig(n_layer=6, attention="resformer", value_residual=value_residual,
                               **changes)).requires_grad_(False)
@@ -331,6 +304,7 @@ def test_learned_value_residuals_start_where_they_should():
         plus = start("plus", **changes)  # V_1's weights at 1 each, V_n's at 0.5
         assert list(plus) == list(layers)
         assert all(pair == pytest.approx([1, 0.5]) for pair in plus.values())
+    assert GPT(tiny_config("denseformer")).depth_weights[2].tolist() == [0, 0, 0, 1]
     assert tiny_config("neutreno").neutreno_lambda == 0.4
     assert tiny_config("neutreno+resformer").neutreno_lambda == 0.2
 
@@ -367,7 +341,6 @@ def test_variants_of_one_seed_start_alike():
     (dict(residual_layers=()), "residual_layers must name"),
     (dict(residual_layers=(1,)), "residual_layers: layer 1 has no values of its own"),
     (dict(residual_layers=(5, 6)), "residual_layers: there is no layer 6, n_layer is 5"),
-    (dict(residual_layers=(2.5,)), "residual_layers: there is no layer 2.5"),
     (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: layer 4 has no"),
     (dict(value_residual="learned"), "value_residual must"),
     (dict(value_lambda=(1, math.nan)), "value_lambda must"),
@@ -849,7 +822,8 @@ def test_a_step_of_muon(small_run):
 @pytest.mark.parametrize("eval_tokens, n", [(512, 12), (96, 3), (10**9, 108), (1, 1)])
 def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_tokens, n):
     config = replace(small_run, eval_tokens=eval_tokens)
-    data, model = read_bin("data/text/val.bin").astype(np.int64)[:3500], tiny_257()
+    data = read_bin("data/text/val.bin").astype(np.int64)[:3500]
+    model = tiny_model("vanilla", torch.float32, vocab_size=257)
     got = train.evaluate(model, data, config, torch.device("cpu"))
     each = []
     for i in range(n):  # 512 tokens are 16 windows: 12 are whole batches of 6
@@ -857,10 +831,6 @@ def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_token
         text = torch.tensor(data[start:start + 33])[None]
         each.append(model(text[:, :-1], text[:, 1:])[1].item())
     assert got == pytest.approx(np.mean(each), abs=1e-6)
-
-
-def tiny_257():
-    return tiny_model("vanilla", torch.float32, vocab_size=257)
 
 
 @posix
@@ -1035,22 +1005,15 @@ def test_the_dtype_of_a_device(monkeypatch):
         dtype("mps", dtype="bfloat16")
 
 
-def flags_of(config):
-    return [f"--{name}={getattr(config, name)}" for name in (
-        "dataset", "size", "block_size", "batch_size", "max_steps", "eval_every", "eval_tokens",
-        "warmup_steps", "device", "grad_accum", "out_dir")]
-
-
-def torchrun(n, *flags):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={n}", str(HERE / "train.py"), *flags],
-                          capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=slow)])
 def test_torchrun_gives_the_losses_of_one_process(small_run, n):
     config = replace(small_run, grad_accum=2, eval_tokens=160)  # 5 windows, not as many for each
-    expected, done = run(config), torchrun(n, *flags_of(replace(config, out_dir="both")))
+    expected, both = run(config), replace(config, out_dir="both")
+    flags = [f"--{name}={value}" for name, value in vars(both).items()
+             if value != getattr(TrainConfig, name)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={n}", str(HERE / "train.py"), *flags],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("both/log.jsonl").read_text().splitlines()]
     assert len(lines) == len(expected) == 12
@@ -1088,18 +1051,6 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, mo
     with pytest.raises(UserError, match="step 5: the loss is nan"):
         run(replace(small_run, resume=True))
     assert Path("run/ckpt.pt").read_bytes() == before
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_a_strangers_checkpoint_runs_no_code(folder):
-    Path("ckpt.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(UserError, match="ckpt.pt can't be read"):
-        train.load_checkpoint(Path("ckpt.pt"))
-    assert not Path("exploded").exists()
 
 
 def test_off_a_terminal_a_line_comes_every_30_seconds(small_run, monkeypatch, capsys):
@@ -1245,6 +1196,9 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
     assert "reused 7 of 7 measurements, of 20" in small_bench(*asked)
     assert "reused" in small_bench(*asked, "--name", "again", "--parts", "loss")
+    written = Path("b/results.jsonl").read_bytes()
+    small_bench(*asked)  # its first name again: there is nothing to add
+    assert Path("b/results.jsonl").read_bytes() == written
     with pytest.raises(TypeError):  # another flag is another run
         small_bench(*asked, "--weight_decay", "0.2", "--parts", "loss")
     with Path("b/results.jsonl").open("a") as f:
@@ -1356,8 +1310,6 @@ def test_from_data_to_text(folder, script, monkeypatch):
     assert status == 2 and "--resume" in error and error.count("\n") == 1
     assert script("train.py", *flags, "--max_steps=7", "--resume")[0] == 0
     assert len(Path("my run/log.jsonl").read_text().splitlines()) == 7
-    status, out, _ = script("train.py", *flags, "--max_steps=7", "--resume")
-    assert status == 0 and "my run is complete: 7 steps" in out
 
     flags = ("--out_dir=my run", "--max_new_tokens=40", "--num_samples=2", "--seed=3",
              "--device=cpu")
@@ -1402,12 +1354,15 @@ def test_a_run_without_gpt2s_vocabulary_succeeds(small_run, monkeypatch, capsys)
     assert f"{history[-1]['val_loss']:.4f} nats" in printed and "No sample" in printed
 
 
+class Bomb:  # a stranger's checkpoint: code in it would make a folder
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
 # The script, its flags, and words that must be in its one line; the folder is broken_things().
 BAD_INPUTS = [line.split("|") for line in """
 prepare_data.py|nowhere|nowhere is no file or folder
 prepare_data.py|empty.txt|no UTF-8 text
-prepare_data.py|latin1.txt|no UTF-8 text
-prepare_data.py|binaries|no UTF-8 text
 prepare_data.py|one_byte.txt|too short
 prepare_data.py|elsewhere/text.txt|from elsewhere
 prepare_data.py|text.txt --tokenizer gpt3|--tokenizer
@@ -1415,33 +1370,26 @@ prepare_data.py|fineweb --tokenizer byte|--tokenizer
 prepare_data.py|fineweb --shards 0|--shards
 prepare_data.py|--bogus|--bogus
 train.py|--attention resnet|--attention 'resnet': choose from
-train.py|--attention vanilla --value_lambda 2 1|--value_lambda is for resformer, not for vanilla
 train.py|--size 83M|--size
 train.py|--n_embd 63|--n_embd (63) must be
 train.py|--n_layer 1.5|--n_layer
-train.py|--n_layer 6 --residual_layers 6 7|--residual_layers: there is no layer 7, n_layer is 6
 train.py|--dataset nothing|--dataset nothing isn't there yet: python prepare_data.py nothing
 train.py|--dataset odd|train.bin should be
 train.py|--dataset no_val|val.bin should be
-train.py|--dataset data|--dataset data isn't there yet: python prepare_data.py data prepares it
 train.py|--dataset text-gpt2|python prepare_data.py text --tokenizer gpt2 prepares it
 train.py|--dataset no_json|meta.json
 train.py|--dataset list_json|meta.json
 train.py|--block_size 1000000|--block_size 1000000 must be less than
 train.py|--batch_size -2|--batch_size must be a finite number of at least 1
 train.py|--lr nan|--lr must be a finite number of at least 0
-train.py|--min_lr -1|--min_lr must be a finite number of at least 0
 train.py|--seed 99999999999999999999999|--seed must be less than 2^62
 train.py|--device tpu|--device tpu
 train.py|--batch_size 100000000000|out of memory
 train.py|--dtype int8|--dtype
 train.py|--resume --overwrite|choose one
-train.py|--out_dir run|--resume goes on with it
 train.py|--out_dir text.txt|text.txt
-train.py|--resume --out_dir run --seed 5|--seed is 5, but the run in run has 1
 train.py|--resume --out_dir run --dataset other|--dataset other is not what the run
 train.py|--resume --out_dir bomb|bomb/ckpt.pt can't be read
-train.py|--resume --out_dir empty|empty/ckpt.pt can't be read
 train.py|--resume --out_dir list|list/ckpt.pt is not a checkpoint of train.py
 train.py|--resume --out_dir version|not a checkpoint of train.py
 train.py|--resume --out_dir config|config/ckpt.pt can't be resumed
@@ -1455,7 +1403,6 @@ sample.py|--out_dir run --prompt FILE:latin1.txt|FILE:latin1.txt is not UTF-8
 sample.py|--out_dir run --prompt FILE:empty.txt|--prompt has no text
 sample.py|--out_dir run --num_samples 0|--num_samples
 sample.py|--out_dir run --temperature -1 --prompt d|--temperature must be
-sample.py|--out_dir run --max_new_tokens -1|--max_new_tokens must be
 bench.py|--variants resnet|--variants resnet: --attention 'resnet': choose from
 bench.py|--variants gqa gqa|--variants has a value twice
 bench.py|--rounds 0|--rounds
@@ -1477,12 +1424,11 @@ def broken_things(tmp_path_factory):
             prepare(DataConfig(f"{name}.txt"))
         run(TrainConfig(dataset="text", size="2M", block_size=32, batch_size=2, max_steps=2,
                         eval_tokens=64, device="cpu", out_dir="run"))
-        for name in ("binaries", "elsewhere", "strange"):
+        for name in ("elsewhere", "strange"):
             Path(name).mkdir()
         Path("empty.txt").touch()
         Path("one_byte.txt").write_text("a")
         Path("latin1.txt").write_bytes("schön".encode("latin-1"))
-        Path("binaries/a.bin").write_bytes(b"text\0text")
         Path("elsewhere/text.txt").write_text("another text of the same name\n" * 99)
         Path("strange/results.jsonl").write_text('{"nom": 1}\n')
         for name in ("odd", "no_val", "no_json", "list_json"):
@@ -1495,7 +1441,7 @@ def broken_things(tmp_path_factory):
         good, ckpt = Path("run/ckpt.pt").read_bytes(), torch.load("run/ckpt.pt", weights_only=True)
         name = "layers.0.mlp.up_proj.weight"
         for folder_name, broken in dict(
-                empty=b"", bomb=pickle.dumps(Bomb(), protocol=2), truncated=good[:-5000],
+                bomb=pickle.dumps(Bomb(), protocol=2), truncated=good[:-5000],
                 list=[1, 2], version={k: v for k, v in ckpt.items() if k != "scaler"},
                 config=ckpt | dict(config=dict(ckpt["config"], flavour=1)),
                 shapes=ckpt | dict(model=ckpt["model"] | {name: torch.zeros(3, 3)}),
