@@ -1382,6 +1382,7 @@ train.py|--dataset list_json|meta.json
 train.py|--block_size 1000000|--block_size 1000000 must be less than
 train.py|--batch_size -2|--batch_size must be a finite number of at least 1
 train.py|--lr nan|--lr must be a finite number of at least 0
+train.py|--min_lr -1|--min_lr must be a finite number of at least 0
 train.py|--seed 99999999999999999999999|--seed must be less than 2^62
 train.py|--device tpu|--device tpu
 train.py|--batch_size 100000000000|out of memory
@@ -1525,8 +1526,8 @@ def test_readmes_commands_are_such_as_the_scripts_take(folder, monkeypatch, caps
         if "--show" in flags or "cache" in flags:  # nothing is trained: it can be run here
             monkeypatch.setattr(sys, "argv", [name, *flags])
             bench.main()
-            printed = capsys.readouterr().out
-            assert "1 vanilla" in printed and ("64.0" in printed or "--show" in flags)
+            expected = "Attention in the deeper half" if "--show" in flags else "64.0"
+            assert expected in capsys.readouterr().out
 
 
 # ---- faults: full disks, signals, kills ---------------------------------------------------------
