@@ -68,13 +68,19 @@ def fail(message: str, status: int = 2):
 
 def command(*words) -> str:
     """The words as a command line that can be pasted into this system's shell."""
-    words = [str(word) for word in words]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([str(word) for word in words])
 
 
 def flag(default, help: str, **options):
     """A dataclass field that is also a command-line flag. group=NAME begins a group in --help;
     other options are argparse's."""
+    if default is False:
+        options["action"] = "store_true"
+    elif default is not None:
+        options.setdefault("type", type(default))
+        words = default if isinstance(default, tuple) else (default,)
+        help += f" (default: {' '.join(map(str, words))})".replace("\n", r"\n")
     return field(default=default, metadata=dict(help=help, **options))
 
 
@@ -88,19 +94,10 @@ def parse_flags(cls, description: str, argv=None):
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser
-    for f in fields(cls):
-        if not f.metadata:  # a field that is no flag
-            continue
+    for f in [f for f in fields(cls) if f.metadata]:  # the others are no flags
         options = dict(f.metadata)
         if "group" in options:
             group = parser.add_argument_group(options.pop("group"))
-        if f.default is False:
-            options["action"] = "store_true"
-        elif "type" not in options:
-            options["type"] = type(f.default)
-        if f.default not in (None, False):
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            options["help"] += f" (default: {shown!r})" if shown == "\n" else f" (default: {shown})"
         positional = options.get("nargs") == "?"
         group.add_argument(f.name if positional else f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
@@ -113,6 +110,7 @@ def parse_flags(cls, description: str, argv=None):
 @contextmanager
 def replace_file(path: Path):
     """A binary file to write, beside path; renamed to path once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
@@ -133,34 +131,31 @@ def replace_file(path: Path):
 # -------------------------------------------------------------------------------------------------
 # Tokenizers
 
-END_OF_TEXT = "<|endoftext|>"  # stands between two documents
-
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"byte": the 256 bytes and end-of-text, 257 ids. "gpt2": GPT-2's 50,257, downloaded once."""
     if name == "byte":
         return tiktoken.Encoding(
-            "byte", pat_str=r"(?s:.){1,512}", special_tokens={END_OF_TEXT: 256},
+            "byte", pat_str=r"(?s:.){1,512}", special_tokens={"<|endoftext|>": 256},
             mergeable_ranks={bytes([i]): i for i in range(256)})
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        raise UserError(f"GPT-2's vocabulary can't be loaded ({type(error).__name__}): go online, "
-                        "set TIKTOKEN_CACHE_DIR to a folder with it, or use --tokenizer byte"
-                        ) from None
+        raise UserError(f"GPT-2's vocabulary isn't here ({type(error).__name__}): go online, set "
+                        "TIKTOKEN_CACHE_DIR to its folder, or use --tokenizer byte") from None
 
 
 def stream_text(tokenizer, ids):
     """The text of token ids, piece by piece: a character comes when its last byte has come."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
-        if i < tokenizer.eot_token:  # END_OF_TEXT and ids that pad the vocabulary have no text
+        if i < tokenizer.eot_token:  # end-of-text and ids that pad the vocabulary have no text
             yield decoder.decode(tokenizer.decode_single_token_bytes(i))
     yield decoder.decode(b"", final=True)
 
 
 # -------------------------------------------------------------------------------------------------
-# Sources of text
+# Sources: downloads, files of text
 
 SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                    "tinyshakespeare/input.txt")
@@ -168,92 +163,89 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 
 
-def download(url: str, path: Path):
-    """Fetches url into path; a download that broke starts anew. UserError if it can't be had."""
-    chunks = []
+def fetch(url: str, path: Path) -> Path:
+    """Downloads url to path, unless path is there, and returns path. UserError if it can't."""
+    if path.exists():
+        return path
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
-            size = response.length  # bytes; None if the server doesn't say
-            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
-                while chunk := response.read(1 << 20):
-                    chunks.append(chunk)
-                    bar.update(len(chunk))
-        if size is not None and sum(map(len, chunks)) < size:
-            raise OSError("the download ended early")
+            with tqdm.wrapattr(response, "read", response.length, desc=path.name) as body:
+                chunks = list(iter(lambda: body.read(1 << 20), b""))
+            if response.length:  # bytes that are still to come
+                raise OSError("the download ended early")
     except (OSError, HTTPException) as error:
         raise UserError(f"{url}: {error!r}; run this again") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as f:
         f.writelines(chunks)
+    return path
 
 
-def read_text(path: Path) -> str | None:
-    """The text of a UTF-8 file. None if it is no such file, is empty, or may not be read."""
+def read_shards(paths, n_vocab: int):
+    """Yields the token ids of each shard of FineWeb, downloaded if need be: 256 int32, of which the
+    first are 20240520, 1, and how many ids follow, then the ids as uint16."""
+    for path in paths:
+        data = fetch(FINEWEB_URL + path.name, path).read_bytes()
+        header = np.frombuffer(data[:12].ljust(12), dtype="<i4")
+        if header.tolist() != [20240520, 1, (len(data) - 1024) / 2]:
+            path.unlink()
+            raise UserError(f"{path} was no shard of tokens, and is deleted: run this again")
+        ids = np.frombuffer(data[1024:], dtype="<u2")
+        if ids.max(initial=0) >= n_vocab:
+            raise UserError(f"{path}: token id {ids.max()} is outside the vocabulary of {n_vocab}")
+        yield ids
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; "" if it is no such file, or may not be read."""
     try:
         text = path.read_bytes().decode("utf-8") if path.is_file() else ""
     except (UnicodeDecodeError, PermissionError):
-        return None
-    return None if text == "" or "\0" in text else text
+        return ""
+    return "" if "\0" in text else text
 
 
-def walk(folder: Path, skip=()) -> list[Path]:
-    """The files below a folder, sorted, and folders that may not be entered. Hidden ones are left
-    out, and folders with a name in skip."""
+def find_texts(dataset: str, out: Path) -> list[Path]:
+    """The files with the text of a data set, sorted. Hidden ones are not looked at, others that
+    hold no UTF-8 text are counted. UserError if there is too little text."""
+    top, suffix, skip = Path(dataset), "", set()
+    if dataset == "stdlib":  # this Python's own sources, without tests and packages
+        top, suffix = Path(sysconfig.get_path("stdlib")), ".py"
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    elif dataset == "shakespeare":
+        top = fetch(SHAKESPEARE_URL, out / "input.txt")
+        if hashlib.sha256(top.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+            top.unlink()
+            raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
     found = []
-    for parent, folders, files in os.walk(folder, onerror=lambda e: found.append(Path(e.filename))):
+    # What os.walk can't list is found itself: a single file, or a folder that may not be entered.
+    for parent, folders, files in os.walk(top, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = [name for name in folders if name[0] != "." and name not in skip]
-        found += [Path(parent, name) for name in files if name[0] != "."]
-    return sorted(found)
+        found += [Path(parent, name) for name in files if name[0] != "." and name.endswith(suffix)]
+    lengths = {p: len(read_text(p)) for p in sorted(found)}
+    if sum(lengths.values()) < 20:
+        raise UserError(f"{dataset}: no UTF-8 text in it, or too short to train and validate on")
+    texts = [p for p in lengths if lengths[p] > 0]
+    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(found) - len(texts)} left out")
+    return texts
 
 
-def stdlib_files() -> list[Path]:
-    """The sources of Python's standard library on this machine, without tests and packages."""
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    return [p for p in walk(Path(sysconfig.get_path("stdlib")), skip) if p.suffix == ".py"]
-
-
-def split_texts(files: list[Path]):
-    """Texts for training and texts for validation, which is every tenth file (the last one, if
-    there are fewer than ten), or the last tenth of the characters of a single file."""
+def encode_texts(files: list[Path], part: str, tokenizer):
+    """Yields the token ids of the texts for "train" or "val", with an end-of-text between two. For
+    validation is every tenth file (the last one, if there are fewer than ten), or the last tenth
+    of the characters of a single file."""
     if len(files) == 1:
         text = read_text(files[0])
-        if len(text) < 20:
-            raise UserError(f"{files[0]}: the text is too short to train and validate on")
         cut = len(text) * 9 // 10
-        return [text[:cut]], [text[cut:]]
-    n = min(10, len(files))
-    validation = files[n - 1::n]
-    training = list(files)
-    del training[n - 1::n]
-    return map(read_text, training), map(read_text, validation)  # read one at a time, when needed
-
-
-def encode_texts(texts, tokenizer):
-    """Yields (ids, bytes of text) of each text, with an end-of-text before all but the first."""
+        texts = [text[:cut] if part == "train" else text[cut:]]
+    else:
+        n = min(10, len(files))
+        chosen = [p for i, p in enumerate(files, start=1) if (i % n == 0) == (part == "val")]
+        texts = map(read_text, chosen)  # one at a time, when it is needed
     for i, text in enumerate(texts):
         if i > 0:
-            yield np.array([tokenizer.eot_token]), 0
-        yield tokenizer.encode_to_numpy(text, disallowed_special=()), len(text.encode())
-
-
-def read_shards(paths, tokenizer):
-    """Yields (ids, bytes of text) of each shard of FineWeb, which is downloaded if need be: 256
-    int32, the first of which are 20240520, 1, and how many ids follow, then the ids as uint16."""
-    lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.eot_token)]
-    lengths = np.array([*lengths, 0])  # bytes of each token; END_OF_TEXT, the last, has none
-    for path in paths:
-        if not path.exists():
-            download(FINEWEB_URL + path.name, path)
-        data = path.read_bytes()
-        header = np.frombuffer(data[:1024].ljust(1024), dtype="<i4")
-        ids = np.frombuffer(data[1024:len(data) // 2 * 2], dtype="<u2")
-        if tuple(header[:3]) != (20240520, 1, len(ids)) or len(data) % 2:
-            path.unlink()
-            raise UserError(f"{path.name} was no shard of tokens, and is deleted: run this again")
-        if ids.max(initial=0) >= tokenizer.n_vocab:
-            raise UserError(f"{path}: token id {ids.max()} is outside the vocabulary of "
-                            f"{tokenizer.n_vocab}")
-        yield ids, int(np.bincount(ids, minlength=tokenizer.n_vocab) @ lengths)
+            yield np.array([tokenizer.eot_token])
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        yield from np.array_split(ids, 1 + len(ids) // 10**7)  # smaller pieces need less memory
 
 
 # -------------------------------------------------------------------------------------------------
@@ -262,32 +254,31 @@ def read_shards(paths, tokenizer):
 
 @dataclass
 class DataConfig:
-    dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb, or the path of a text file or of "
-                        "a folder", nargs="?")
+    dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb or a path, see above", nargs="?")
     tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); the "
-                                 "other one writes data/<name>-gpt2", choices=("byte", "gpt2"),
-                                 type=str)
+                                 "other one writes data/<name>-gpt2", choices=("byte", "gpt2"))
     shards: int = flag(1, "fineweb: training shards, 100M tokens each")
 
 
 def prepare(config: DataConfig) -> Path:
     """Writes a data set and returns its folder. UserError if that can't be done."""
-    dataset, path = config.dataset, Path(config.dataset)
+    dataset = config.dataset
     if dataset == "fineweb" and config.tokenizer == "byte":
         raise UserError("--tokenizer byte: fineweb comes in GPT-2's tokens")
     if config.shards < 1:
         raise UserError(f"--shards must be at least 1, not {config.shards}")
-    name, source = dataset, dataset
-    if dataset not in ("stdlib", "shakespeare", "fineweb"):
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"{dataset} is no file or folder, nor stdlib, shakespeare or fineweb")
-        path = path.resolve()
-        source, name = str(path), path.name if path.is_dir() else path.stem
+    named = ("stdlib", "shakespeare", "fineweb")
+    name = source = dataset
+    if dataset not in named:
+        path = Path(dataset).resolve()
+        if not path.exists():
+            raise UserError(f"{dataset} is no file or folder, nor {', '.join(named)}")
+        name, source = path.name if path.is_dir() else path.stem, str(path)
+        if name in ("", *named):
+            raise UserError(f"'{name}' cannot be the name of a data set of yours: rename {dataset}")
     usual = "gpt2" if dataset == "fineweb" else "byte"
     tokenizer = get_tokenizer(config.tokenizer or usual)
     out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
-    if dataset != name and name in ("", "stdlib", "shakespeare", "fineweb"):
-        raise UserError(f"{dataset}: '{name}' cannot be the name of a data set of yours: rename it")
     if source == str(out.resolve()):
         raise UserError(f"{dataset} is where its own data would go: move the text elsewhere")
     if (out / "meta.json").exists() and read_meta(out)["source"] != source:
@@ -295,87 +286,63 @@ def prepare(config: DataConfig) -> Path:
 
     if dataset == "fineweb":
         shards = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
-        train = read_shards(shards, tokenizer)
-        val = read_shards([out / "fineweb_val_000000.bin"], tokenizer)
+        train = read_shards(shards, tokenizer.n_vocab)
+        val = read_shards([out / "fineweb_val_000000.bin"], tokenizer.n_vocab)
     else:
-        train_texts, val_texts = split_texts(find_texts(dataset, path, out))
-        train, val = encode_texts(train_texts, tokenizer), encode_texts(val_texts, tokenizer)
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
-    write_dataset(out, train, val, meta)
+        files = find_texts(dataset, out)
+        train, val = (encode_texts(files, part, tokenizer) for part in ("train", "val"))
+    write_dataset(out, source, tokenizer, train, val)
     return out
 
 
-def find_texts(dataset: str, path: Path, out: Path) -> list[Path]:
-    """The files with the text of a data set. UserError if there is none."""
-    if dataset == "stdlib":
-        files = stdlib_files()
-    elif dataset == "shakespeare":
-        files = [out / "input.txt"]
-        if not files[0].exists():
-            download(SHAKESPEARE_URL, files[0])
-        if hashlib.sha256(files[0].read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
-            files[0].unlink()
-            raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
-    else:
-        files = walk(path) if path.is_dir() else [path]
-    texts = [p for p in files if read_text(p) is not None]
-    if not texts:
-        raise UserError(f"{path}: there is no UTF-8 text in it")
-    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
-    return texts
-
-
-def write_dataset(out: Path, train, val, meta: dict):
-    """Writes train.bin, val.bin and meta.json from the (ids, bytes of text) of train and val."""
+def write_dataset(out: Path, source: str, tokenizer, train, val):
+    """Writes train.bin and val.bin, each from pieces of token ids, and meta.json."""
+    tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
+    n_bytes = [*map(len, tokens), 0]  # of each token; end-of-text, the last, has no text
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
     sha256 = hashlib.sha256()
-    out.mkdir(parents=True, exist_ok=True)
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
         for part, f, pieces in (("train", train_file, train), ("val", val_file, val)):
-            meta[f"{part}_tokens"] = meta[f"{part}_bytes"] = 0
-            for ids, n_bytes in tqdm(pieces, desc=part, unit=" pieces"):
+            counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # of each id
+            for ids in tqdm(pieces, desc=part, unit=" pieces"):
                 data = ids.astype("<u2").tobytes()
                 f.write(data)
                 sha256.update(data)
-                meta[f"{part}_tokens"] += len(ids)
-                meta[f"{part}_bytes"] += n_bytes
-        # An old meta.json must never describe new ids.
-        (out / "meta.json").unlink(missing_ok=True)
+                counts += np.bincount(ids, minlength=tokenizer.n_vocab)
+            meta |= {f"{part}_tokens": int(counts.sum()), f"{part}_bytes": int(counts @ n_bytes)}
+        (out / "meta.json").unlink(missing_ok=True)  # an old one must never describe new ids
     with replace_file(out / "meta.json") as f:
         f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
 
 
 def read_meta(folder: Path) -> dict:
-    keys = ("tokenizer", "vocab_size", "source", "sha256", "train_tokens", "val_tokens",
-            "train_bytes", "val_bytes")
+    path = folder / "meta.json"
+    keys = ("tokenizer", "vocab_size", "source", "train_tokens", "train_bytes", "val_tokens",
+            "val_bytes", "sha256")
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = json.loads(path.read_bytes())
         return {key: meta[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'meta.json'}: {error!r}; delete this file, prepare the data "
-                        "again")
+        raise UserError(f"{path}: {error!r}; delete it, prepare the data again") from None
 
 
 def load(dataset: str):
-    """(train ids, val ids, meta): two read-only uint16 arrays on disk, and what meta.json says.
-
-    dataset is a name under data/, or the path of a folder. UserError if it isn't there or isn't
-    whole."""
+    """(train ids, val ids, meta) of a name under data/, or of a folder: two read-only uint16 arrays
+    on disk, and what meta.json says. UserError if they aren't there or aren't whole."""
     folder = Path("data", dataset)
     if not folder.is_dir():
         folder = Path(dataset)
     if not (folder / "meta.json").is_file():
-        words = ["python", "prepare_data.py", dataset.removesuffix("-gpt2")]
-        if dataset.endswith("-gpt2"):
-            words += ["--tokenizer", "gpt2"]
-        raise UserError(f"--dataset {dataset} isn't there yet: {command(*words)} prepares it and "
-                        "prints its name")
+        name = dataset.removesuffix("-gpt2")
+        other = [] if name == dataset else ["--tokenizer", "gpt2"]
+        raise UserError(f"--dataset {dataset} isn't there yet: "
+                        f"{command('python', 'prepare_data.py', name, *other)} prepares it")
     meta = read_meta(folder)
     arrays = []
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]
         if not path.is_file() or path.stat().st_size != 2 * n or n == 0:
-            raise UserError(f"{path} should be {n} tokens, says meta.json, and is not; prepare "
-                            "the data again")
+            raise UserError(f"{path} should be {n} tokens, and is not: prepare the data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
     return *arrays, meta
 

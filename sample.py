@@ -46,16 +46,15 @@ def read_prompt(prompt: str) -> str:
         raise UserError(f"--prompt {prompt} is not UTF-8 text") from None
 
 
-def load_model(path: Path, device, dtype) -> tuple[GPT, str]:
-    """The model of a checkpoint, and the name of its tokenizer. UserError if it is broken."""
+def load_model(path: Path, device, dtype) -> tuple:
+    """The model of a checkpoint, and its tokenizer. UserError if it is broken."""
     ckpt = load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} doesn't hold the model that its config describes: "
-                        f"{str(error).splitlines()[0]}") from None
-    return model.to(device, dtype), ckpt["tokenizer"]
+        raise UserError(f"{path} doesn't hold the model of its config: {error}") from None
+    return model.to(device, dtype), get_tokenizer(ckpt["tokenizer"])
 
 
 def main():
@@ -64,8 +63,7 @@ def main():
         raise UserError(f"--num_samples must be at least 1, not {config.num_samples}")
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
-    model, name = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
-    tokenizer = get_tokenizer(name)
+    model, tokenizer = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
     ids = tokenizer.encode(read_prompt(config.prompt), disallowed_special=())
     if not ids:
         raise UserError("--prompt has no text")
@@ -79,12 +77,12 @@ def main():
         except ValueError as error:  # begins with the argument's name
             raise UserError(f"--{error}") from None
         print(tokenizer.decode(ids), end="")
-        for text in stream_text(tokenizer, (int(token) for token in tokens)):
+        for text in stream_text(tokenizer, map(int, tokens)):
             print(text, end="", flush=True)
         print("\n" + "-" * 80)
     rate = config.num_samples * config.max_new_tokens / (time.perf_counter() - start)
-    held = f"{model.kv_bytes_per_token(dtype):,} bytes of KV cache per token"
-    print(f"{rate:,.0f} tokens/s, {'no KV cache' if config.no_cache else held}", file=sys.stderr)
+    cache = f"{model.kv_bytes_per_token(dtype):,} bytes of KV cache per token"
+    print(f"{rate:,.0f} tokens/s, {'no KV cache' if config.no_cache else cache}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -545,15 +545,16 @@ def test_a_name_is_taken_by_what_came_first(folder):
 
 
 def test_stdlib_is_this_pythons_and_the_same_each_time(folder, monkeypatch):
-    files = prepare_data.stdlib_files()
-    assert files == prepare_data.stdlib_files() and any(p.name == "argparse.py" for p in files)
+    files = prepare_data.find_texts("stdlib", None)
+    assert files == prepare_data.find_texts("stdlib", None)
+    assert any(p.name == "argparse.py" for p in files)
     assert {p.suffix for p in files} == {".py"}
     for name in ("tests/lib/a.py", "tests/lib/b.txt", "tests/lib/test/c.py",
                  "tests/lib/site-packages/d.py", "tests/lib/json/e.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"# {name}\n" * 100)
     monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(folder / "tests/lib"))
-    assert [p.name for p in prepare_data.stdlib_files()] == ["a.py", "e.py"]
+    assert [p.name for p in prepare_data.find_texts("stdlib", None)] == ["a.py", "e.py"]
     for _ in range(2):  # what a first run of train.py prepares by itself; the second finds it
         _, _, meta = train.load_data(TrainConfig())
         assert meta["source"] == "stdlib" and meta["train_tokens"] == 100 * len("# tests/lib/a.py ")
