@@ -16,14 +16,12 @@ import ast
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -31,10 +29,15 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from model import DECODING, USED_BY, GPT, KVCache, rotate
+from model import DECODING, USED_BY, GPT, GPTConfig, KVCache, rotate
 from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data, make_model,
                    make_optimizers, model_config, pick_device, pick_dtype, train, windows)
+
+try:
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None  # no figures then
 
 SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
            "cla", "svformer+gqa", "cla+gqa")
@@ -44,9 +47,8 @@ QUICK = dict(name="quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every
 
 # What a variant may set for itself: its model and its optimizer. Everything else is shared, so that
 # a pair of runs differs in nothing but the variant.
-OWN_FLAGS = {"attention", "size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn",
-             "value_residual", "value_lambda", "residual_layers", "neutreno_lambda", "optimizer",
-             "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
+OWN_FLAGS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "block_size"}
+OWN_FLAGS |= {"size", "optimizer", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
 # Flags that a record leaves out: where the files are; and it has the device and dtype by name.
 UNRECORDED = {"out_dir", "resume", "overwrite", "device", "dtype", "compile"}
 
@@ -77,31 +79,30 @@ class BenchConfig(TrainConfig):
     overwrite: bool = False
 
 
-def list_runs(config: BenchConfig) -> list[TrainConfig]:
-    """All runs, the first seed's first. Raises UserError before any work."""
+def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
+    """(variant, how it is trained), the first seed's first. Raises UserError before any work."""
     for name in ("variants", "seeds", "contexts"):
         if len(set(getattr(config, name))) < len(getattr(config, name)):
             raise UserError(f"--{name} has a value twice")
     if min(*config.contexts, config.decode_batch, config.rounds, config.questions) < 1:
         raise UserError("--contexts, --decode_batch, --rounds and --questions must be at least 1")
-    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     runs = []
     for seed in config.seeds:
         for variant in config.variants:
             try:
                 own, given = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
                 if not given <= OWN_FLAGS:
-                    raise UserError(f"--{sorted(given - OWN_FLAGS)[0]} is for all variants alike: "
-                                    "give it outside the quotes")
-                flags = shared | dict(seed=seed)
-                for name, user in USED_BY.items():  # only for the variants that use them
-                    if user not in own.attention.split("+"):
-                        flags[name] = getattr(TrainConfig, name)
-                run = TrainConfig(**flags | {name: getattr(own, name) for name in given})
+                    raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give "
+                                    "it outside the quotes")
+                users = {None, *own.attention.split("+")}  # None: what all variants use
+                flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
+                         if USED_BY.get(f.name) in users}
+                flags |= {name: getattr(own, name) for name in given}
+                run = TrainConfig(**flags | dict(seed=seed))
                 check(run)
             except UserError as error:
                 raise UserError(f"--variants {variant}: {error}") from None
-            runs.append(run)
+            runs.append((variant, run))
     return runs
 
 
@@ -115,14 +116,10 @@ def fingerprint() -> str:
     for file in ("model.py", "train.py"):
         tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            if documented and ast.get_docstring(node) is not None:
-                node.body[0].value = ast.Constant("")
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value = ast.Constant("")  # a docstring
         digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()[:12]
-
-
-RECORD = {"name", "kind", "variant", "flags", "date", "code"}  # what every record has
 
 
 def read_records(path: Path) -> list[dict]:
@@ -133,10 +130,10 @@ def read_records(path: Path) -> list[dict]:
         try:
             record = json.loads(line)
         except ValueError:
-            if line.strip():
-                print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
+            print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
             continue
-        if not isinstance(record, dict) or not RECORD <= set(record):
+        keys = {"name", "kind", "variant", "flags", "date", "code"}
+        if not isinstance(record, dict) or not keys <= set(record):
             raise UserError(f"{path}, line {i} isn't what bench.py writes: move the file away")
         records.append(record)
     return records
@@ -145,63 +142,11 @@ def read_records(path: Path) -> list[dict]:
 def write_record(path: Path, record: dict):
     """Appends a line in one write, so that two benches can share a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as f:
-        line = json.dumps(record).encode() + b"\n"
-        if f.tell() > 0:
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":  # a kill has cut the last line
-                line = b"\n" + line
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab", buffering=0) as f:
+        if f.tell() > 0 and not path.read_bytes().endswith(b"\n"):  # a kill has cut the last line
+            line = b"\n" + line
         f.write(line)
-
-
-class Results:
-    """What results.jsonl holds, and what is put into it."""
-
-    def __init__(self, config: BenchConfig, device: torch.device):
-        self.path = Path(config.out_dir, "results.jsonl")
-        self.name, self.fresh = config.name, config.fresh
-        self.records = read_records(self.path)
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if device.type == "cuda":
-            machine = torch.cuda.get_device_name(device)
-        self.about = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
-                          code=fingerprint())
-        self.used, self.reused, self.outdated = [], [], 0
-
-    def find(self, same: dict) -> dict | None:
-        """The newest record in which all of same stands, whatever experiment it belongs to; by
-        today's code if there is one, else, without --fresh, by other code."""
-        found = [record for record in self.records if same.items() <= record.items()]
-        for record in reversed(found):
-            if record["code"] == self.about["code"]:
-                return record
-        if self.fresh or not found:
-            return None
-        self.outdated += 1
-        return found[-1]
-
-    def once(self, kind: str, variant: str, flags: dict, measure, **settings):
-        """Puts the record of this measurement into self.used: the one that there is, or a new one
-        with what measure() returns."""
-        same = json.loads(json.dumps(dict(kind=kind, flags=flags, **settings)))
-        record = self.find(same)
-        if record is None:
-            record = dict(name=self.name, variant=variant) | same | self.about | measure()
-        else:
-            self.reused.append(record["date"])
-            record = record | dict(name=self.name, variant=variant)
-        if record not in self.records:  # new, or new under this name
-            write_record(self.path, record)
-            self.records.append(record)
-        self.used.append(record)
-
-    def say_what_was_reused(self):
-        if self.reused:
-            dates = " and ".join(sorted({min(self.reused), max(self.reused)}))
-            print(f"reused {len(self.reused)} of {len(self.used)} measurements, of {dates}")
-        if self.outdated:
-            print(f"WARNING: {self.outdated} of them were made by other code than today's model.py "
-                  "and train.py; --fresh measures them anew")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -221,90 +166,78 @@ MEASURES = {
 
 
 @torch.no_grad()
-def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list]:
-    """MEASURES for each layer, as means over the sequences idx (B, T), and "importance" (L, T)."""
-    layers = []
+def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
+    """MEASURES of each layer (L,) and "importance" (L, T), means over the sequences idx (B, T)."""
+    seen = []  # what describe says, sequence by sequence and layer by layer
 
-    def after_attention(attention, inputs, outputs):
+    def after_block(block, inputs, outputs):
         x, rope, k1 = inputs[0], inputs[1], inputs[5]
-        _, k, v = outputs
-        A = attention_matrix(attention, x, rope, k1, k)
-        layers.append(describe_attention(A, v.transpose(1, 2).flatten(2)))
+        hidden, k, v = outputs
+        A = attention_matrix(block.self_attn, block.input_layernorm(x), rope, k1, k)
+        values = v[0].transpose(0, 1).flatten(1)  # (T, nkv * hs)
+        seen.append(describe(A, values, hidden[0]))
 
-    def after_block(_, inputs, outputs):
-        layers[-1] |= describe_hidden_states(outputs[0])
-
-    hooks = [block.self_attn.register_forward_hook(after_attention) for block in model.layers]
-    hooks += [block.register_forward_hook(after_block) for block in model.layers]
-    model.hidden_states(idx)
+    hooks = [block.register_forward_hook(after_block) for block in model.layers]
+    for sequence in idx.split(1):  # one at a time: attention is nh x T x T numbers
+        model.hidden_states(sequence)
     for hook in hooks:
         hook.remove()
-    return {name: [layer[name] for layer in layers] for name in layers[0]}
+    means = {}
+    for name in seen[0]:
+        layers = np.array([layer[name] for layer in seen])  # (B L,), the importance (B L, T)
+        means[name] = np.mean(np.split(layers, len(idx)), axis=0)
+    return means
 
 
-def describe_attention(A: torch.Tensor, values: torch.Tensor) -> dict:
-    """A (B, T queries, T keys) is the mean over heads; values (B, T, nkv * hs) are those that
-    attention uses, V_n mixed with V_1 where it is.
+def attention_matrix(attention, x, rope, k1, k) -> torch.Tensor:
+    """A_n (T, T) for x (1, T, C), the mean over heads; crosslayer: a token's keys of both layers
+    added up."""
+    c, T = attention.config, x.size(1)
+    if "crosslayer" in c.variants and attention.n > 1:
+        k = torch.cat((k1, k), dim=2)
+    q = rotate(attention.split_heads(attention.q_proj(x)), *rope)  # (1, nh, T, hs)
+    k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (1, nh, T or 2 T, hs)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    future = future.repeat(1, k.size(2) // T)
+    scores = q @ k.transpose(2, 3) / math.sqrt(c.head_dim)  # (1, nh, T, T or 2 T)
+    A = scores.masked_fill(future, -math.inf).softmax(dim=3)[0].mean(dim=0)  # (T, T or 2 T)
+    return A.unflatten(1, (-1, T)).sum(dim=1)
+
+
+def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> dict:
+    """MEASURES and "importance" of a layer. A (T queries, T keys) is the mean over heads; values
+    (T, nkv * hs) are those that attention uses, V_n mixed with V_1 where it is; hidden (T, C).
 
     The attention that a token gets, averaged over queries, is its importance (arXiv 2410.17897,
     eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12); it grows with the values'
     norm, so "rank" is the fair form: exp of the entropy of the spectrum divided by its sum."""
-    importance = A.mean(dim=1)  # (B, T), sums to 1
-    moment = values.transpose(1, 2) @ values / values.size(1)
-    spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (B, nkv * hs)
-    share = spectrum / spectrum.sum(dim=-1, keepdim=True)
-    return dict(importance=importance.mean(dim=0).tolist(),
-                entropy=entropy(importance).mean().item(),
-                top=importance.max(dim=-1).values.mean().item(),
-                first=A[:, 1:, 0].mean().item(),  # what the queries after the first pay to it
-                value_norm=first_over_others(values),
-                eigenvalue=spectrum.max(dim=-1).values.mean().item(),
-                rank=entropy(share).exp().mean().item())
-
-
-def describe_hidden_states(x: torch.Tensor) -> dict:  # (B, T, C)
-    T = x.size(1)
-    total = F.normalize(x, dim=-1).sum(dim=1)  # (B, C)
+    T = len(A)
+    importance = A.mean(dim=0)  # (T,), sums to 1
+    value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
     # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
-    cosines = (total.square().sum(dim=-1) - T) / (T * (T - 1))
-    return dict(hidden_norm=first_over_others(x), similarity=cosines.mean().item())
+    total = F.normalize(hidden, dim=1).sum(dim=0)  # (C,)
+    moment = values.T @ values / T
+    spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (nkv * hs,)
+    share = spectrum / spectrum.sum()
+    found = dict(importance=importance,
+                 entropy=torch.special.entr(importance).sum(),  # of -p ln p, in nats
+                 top=importance.max(),
+                 first=A[1:, 0].mean(),  # what the queries after the first pay to it
+                 value_norm=value_norms[0] / value_norms[1:].mean(),
+                 hidden_norm=hidden_norms[0] / hidden_norms[1:].mean(),
+                 similarity=(total.square().sum() - T) / (T * (T - 1)),
+                 eigenvalue=spectrum.max(),
+                 rank=torch.special.entr(share).sum().exp())
+    return {name: number.tolist() for name, number in found.items()}
 
 
-def entropy(p: torch.Tensor) -> torch.Tensor:
-    """In nats, over the last dimension."""
-    return torch.special.entr(p).sum(dim=-1)
-
-
-def first_over_others(x: torch.Tensor) -> float:
-    """(B, T, numbers): the first token's norm over the mean of the others'."""
-    norms = x.norm(dim=-1)
-    return (norms[:, 0] / norms[:, 1:].mean(dim=1)).mean().item()
-
-
-def attention_matrix(attention, x, rope, k1, k) -> torch.Tensor:
-    """A_n (B, T, T), the mean over heads; crosslayer: a token's keys of both layers added up."""
-    c, T = attention.config, x.size(1)
-    if "crosslayer" in c.variants and attention.n > 1:
-        k = torch.cat((k1, k), dim=2)
-    q = rotate(attention.split_heads(attention.q_proj(x)), *rope)  # (B, nh, T, hs)
-    k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (B, nh, T or 2 T, hs)
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    future = future.repeat(1, k.size(2) // T)
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(c.head_dim)).masked_fill(future, -math.inf)
-    A = scores.softmax(dim=-1).mean(dim=1)
-    return A.unflatten(-1, (-1, T)).sum(dim=2)
-
-
-def even_attention(T: int) -> np.ndarray:
-    """(T queries, T keys): each query attends evenly to the tokens so far."""
-    return np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
-
-
-def even(T: int, width: int) -> dict[str, float]:
-    """MEASURES where attention is even over the tokens so far and values have random directions."""
-    A = torch.from_numpy(even_attention(T))
+def even(T: int, width: int) -> dict:
+    """What describe says where each query attends evenly to the tokens so far, and the values have
+    random directions."""
+    tokens_so_far = torch.arange(1, T + 1)[:, None]
+    A = torch.ones(T, T, dtype=torch.float64).tril() / tokens_so_far
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
-    found = describe_attention(A[None], values[None])
+    found = describe(A, values, values)
     del found["eigenvalue"]  # it depends on the size of the values
     return found | dict(value_norm=1.0, hidden_norm=1.0, similarity=0.0)
 
@@ -321,59 +254,49 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     T, V = model.config.block_size, model.config.vocab_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
     places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
-    right = 0
     at_once = max(1, min(32, 2**27 // (4 * n * V)))  # questions, their logits in 0.5 GiB
-    for start in range(0, questions, at_once):
-        part = places[start:start + at_once]  # (B, 4)
-        ids = data[part[:, :, None] + np.arange(context + n)].astype(np.int64)
+    right = 0
+    for part in np.split(places, range(at_once, questions, at_once)):  # (B, 4)
+        where = part[:, :, None] + np.arange(context + n)  # (B, 4, context + n)
+        ids = data[where].astype(np.int64)
         ids[:, 1:, :context] = ids[:, :1, :context]  # the first is real, all have its context
         ids = torch.from_numpy(ids).to(device).flatten(0, 1)  # (4 B, context + n)
         x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4 B, n, C)
-        log_p = model.lm_head(x).float().log_softmax(dim=-1)  # (4 B, n, V)
-        likelihood = log_p.gather(2, ids[:, context:, None]).sum(dim=(1, 2)).view(-1, 4)
-        right += (likelihood.argmax(dim=1) == 0).sum().item()
+        logits = model.lm_head(x).float().transpose(1, 2)  # (4 B, V, n)
+        losses = F.cross_entropy(logits, ids[:, context:], reduction="none")  # (4 B, n)
+        likeliest = losses.sum(dim=1).view(-1, 4).argmin(dim=1)  # (B,)
+        right += (likeliest == 0).sum().item()
     return right / questions
 
 
-def rounded(numbers: np.ndarray) -> list:
-    """To five significant digits."""
-    return np.vectorize(lambda x: float(f"{x:.5g}"))(numbers).tolist()
-
-
-def look_at_texts(model: GPT, data, meta, device, start_token: bool) -> dict[str, list]:
-    """look_at_attention, averaged over 64 sequences; start_token: an end-of-text before each."""
-    T, looks = model.config.block_size, []
-    for start in np.linspace(0, len(data) - T - 1, 64).astype(np.int64):
-        # One at a time: attention is nh x T x T numbers.
-        idx, _ = windows(data, start[None], T, device)
-        if start_token:
-            end_of_text = torch.full_like(idx[:, :1], meta["vocab_size"] - 1)
-            idx = torch.cat((end_of_text, idx[:, :-1]), dim=1)
-        looks.append(look_at_attention(model, idx))
-    return {name: rounded(np.mean([look[name] for look in looks], axis=0)) for name in looks[0]}
-
-
-def measure_run(run: TrainConfig, questions: int, data, meta, device, title, signals) -> dict:
+def measure_run(run: TrainConfig, questions: int, title: str, signals: list) -> dict:
     """Trains a model; what a record says of it."""
     model, history = train(run, signals, title, verbose=False)
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
-    seconds = sum(r["seconds"] for r in history)  # of the steps, without the evaluations
-    curve = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
-    print(f"{title}: {curve[-1][1]:.4f} nats per token, {seconds:.0f} s", file=sys.stderr)
-    lambdas = [[n, float(l1), float(l2)] for n, (l1, l2) in model.value_lambdas().items()]
-    return dict(params=model.num_params(),
-                seconds=round(seconds, 1),
-                val_curve=curve,
-                train_curve=[round(r["loss"], 4) for r in history],
-                bits_per_byte=history[-1]["bits_per_byte"],
-                task=task_accuracy(model, data, questions, device),
-                cache_bytes=model.kv_bytes_per_token(),
-                value_width=model.config.n_kv_head * model.config.head_dim,
-                value_lambdas=lambdas,
-                attention=look_at_texts(model, data, meta, device, start_token=False),
-                attention_start=look_at_texts(model, data, meta, device, start_token=True))
+    print(f"{title}: {history[-1]['val_loss']:.4f} nats per token", file=sys.stderr)
+
+    model.requires_grad_(False)
+    c, device = model.config, model.lm_head.weight.device
+    _, data, meta = load_data(run)
+    record = dict(params=model.num_params(),
+                  seconds=round(sum(r["seconds"] for r in history), 1),  # without evaluations
+                  val_curve=[(r["step"], r["val_loss"]) for r in history if "val_loss" in r],
+                  train_curve=[round(r["loss"], 4) for r in history],
+                  bits_per_byte=history[-1]["bits_per_byte"],
+                  task=task_accuracy(model, data, questions, device),
+                  cache_bytes=model.kv_bytes_per_token(),
+                  value_width=c.n_kv_head * c.head_dim,
+                  value_lambdas=[[n, *map(float, pair)]
+                                 for n, pair in model.value_lambdas().items()])
+    starts = np.linspace(0, len(data) - c.block_size - 1, 64).astype(np.int64)
+    texts, _ = windows(data, starts, c.block_size, device)  # (64, T)
+    started = F.pad(texts[:, :-1], (1, 0), value=meta["vocab_size"] - 1)  # after an end-of-text
+    for kind, idx in (("attention", texts), ("attention_start", started)):
+        look = look_at_attention(model, idx)
+        record[kind] = {name: np.round(numbers, 6).tolist() for name, numbers in look.items()}
+    return record
 
 
 # -------------------------------------------------------------------------------------------------
@@ -394,86 +317,96 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             optimizer.step()
             optimizer.zero_grad()
 
+    context, n = max(config.contexts), config.decode_batch
     decoder = GPT(model.config).to(device, dtype)
-    token = torch.zeros(config.decode_batch, 1, dtype=torch.long, device=device)
-    cache = KVCache(model.config, config.decode_batch, max(config.contexts) + 16, device, dtype)
+    token = torch.zeros(n, 1, dtype=torch.long, device=device)
+    cache = KVCache(model.config, n, context + 16, device, dtype)
     for store in (*cache.k.values(), *cache.v.values()):
         store.normal_()
 
     @torch.no_grad()
     def decode_16():
-        cache.length = max(config.contexts)
+        cache.length = context
         with sdpa_kernel(DECODING):
             for _ in range(16):
                 decoder(token, cache=cache)
 
     return {"training": (train_step, batch[0].numel()),
-            f"decoding at {max(config.contexts):,}": (decode_16, config.decode_batch * 16)}
+            f"decoding at {context:,}": (decode_16, 16 * n)}
 
 
-def measure_speed(runs, config: BenchConfig, vocab_size: int, device) -> dict:
+def measure_speed(runs: list, config: BenchConfig, device) -> dict:
     """{variant: {task: [tokens per second, ratio to the first variant's]}}, timed in turns."""
-    first = speed_tasks(runs[0], config, vocab_size, device)
+    _, _, meta = load_data(config)
+    first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
     found = {}
-    for variant, run in zip(config.variants, tqdm(runs, desc="speed", disable=None)):
-        tasks = speed_tasks(run, config, vocab_size, device)
+    for variant, run in tqdm(runs, desc="speed", disable=None):
+        tasks = speed_tasks(run, config, meta["vocab_size"], device)
         found[variant] = {}
         for name, (function, tokens) in tasks.items():
-            seconds = timed_in_turns(first[name][0], function, config.rounds, device)
-            ratios = [a / b for a, b in seconds]
-            rate = tokens / median(b for _, b in seconds)
-            found[variant][name] = [round(rate, 1), round(median(ratios), 3)]
-        del tasks, function  # a cache may be most of the memory
+            seconds = []
+            for timed in [first[name][0], function] * (config.rounds + 1):
+                start = time.perf_counter()
+                timed()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+            firsts, own = np.reshape(seconds, (-1, 2))[1:].T  # the first round warms up
+            rate = tokens / np.median(own)
+            ratio = np.median(firsts / own)
+            found[variant][name] = [round(rate, 1), round(ratio, 3)]
+        del tasks, function, timed  # a cache may be most of the memory
     return dict(speed=found)
 
 
-def timed_in_turns(first, second, rounds: int, device) -> list:
-    """(seconds of first, seconds of second) of each round, after one that warms up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        turn = []
-        for f in (first, second):
-            start = time.perf_counter()
-            f()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            turn.append(time.perf_counter() - start)
-        seconds.append(turn)
-    return seconds[1:]
-
-
 # -------------------------------------------------------------------------------------------------
-# Tables
+# Tables of runs: {variant: [a record for each seed]}, the first variant first.
 
 # Student's t, two-sided 95%, for 2, 3, ... seeds: few seeds make a wide interval.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
 
 
-def validation(record) -> float:
-    return record["val_curve"][-1][1]
+def with_numbers(record: dict, start_token: bool) -> dict:
+    """A run's record, and in it what is compared, by name."""
+    flags, curve = record["flags"], record["train_curve"]
+    tokens = flags["batch_size"] * flags["grad_accum"] * flags["block_size"]  # of a step
+    n = max(1, len(curve) // 20)  # smoothed over a twentieth of the steps
+    smooth = np.convolve(curve, np.full(n, 1 / n), "valid")
+    attention = record["attention_start"] if start_token else record["attention"]
+    deeper = {}
+    for measure in MEASURES:
+        layers = attention[measure]
+        deeper[measure] = np.mean(layers[len(layers) // 2:])
+    return record | deeper | dict(seed=flags["seed"],
+                                  validation=record["val_curve"][-1][1],
+                                  training=smooth[-1],
+                                  right=100 * record["task"],
+                                  smooth=smooth,
+                                  tokens=tokens * np.arange(n, len(curve) + 1),  # after each
+                                  attention=attention)
 
 
-def training(record) -> float:
-    """The mean of the last twentieth of the steps."""
-    curve = record["train_curve"]
-    return float(np.mean(curve[-max(1, len(curve) // 20):]))
+def pair_up(runs: list, first: list) -> list[tuple]:
+    """(a run, the first variant's of the same seed), for each seed that both have."""
+    return [(r, f) for r in runs for f in first if r["seed"] == f["seed"]]
 
 
-def task_percent(record) -> float:
-    return 100 * record["task"]
+def interval(values: list[float]) -> float:
+    """Half the 95% interval of the mean of at least two values."""
+    n = len(values)
+    t = T95[min(n - 2, len(T95) - 1)]
+    return t * np.std(values, ddof=1) / math.sqrt(n)
 
 
-def tokens_per_step(flags: dict) -> int:
-    return flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-
-
-def deeper_half(measure: str, start_token: bool):
-    kind = "attention_start" if start_token else "attention"
-
-    def mean(record):
-        layers = record[kind][measure]
-        return float(np.mean(layers[len(layers) // 2:]))
-    return mean
+def mean_and_gap(runs: list, pairs: list, number: str, digits: int) -> str:
+    """The mean over seeds; then the mean difference within the pairs and its 95% interval."""
+    text = f"{np.mean([r[number] for r in runs]):.{digits}f}"
+    differences = [r[number] - f[number] for r, f in pairs]
+    if differences:
+        text += f" {np.mean(differences):+.{digits}f}"
+    if len(differences) > 1:
+        text += f" ±{interval(differences):.{digits}f}"
+    return text
 
 
 def tokens_saved(record: dict, other: dict) -> float:
@@ -482,243 +415,284 @@ def tokens_saved(record: dict, other: dict) -> float:
     steps, losses = np.array(record["val_curve"]).T
     best = np.minimum.accumulate(losses)
     # np.interp wants rising x, so the falling losses are negated.
-    return 1 - np.interp(-validation(other), -best, steps, right=math.nan) / steps[-1]
+    goal = -other["val_curve"][-1][1]
+    return 1 - np.interp(goal, -best, steps, right=math.nan) / steps[-1]
 
 
-def interval(values) -> float:
-    """Half the 95% interval of the mean; NaN for one value."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    return T95[min(n, len(T95) + 1) - 2] * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def gaps(records: dict, first: dict, measure) -> list[float]:
-    """A variant's measure minus the first variant's, of each seed that both have."""
-    return [measure(r) - measure(first[seed]) for seed, r in records.items() if seed in first]
-
-
-def mean_and_gap(records: dict, first: dict, measure, digits: int) -> str:
-    """The mean over seeds; then the mean difference from the first variant and its 95% interval."""
-    text = f"{np.mean([measure(r) for r in records.values()]):.{digits}f}"
-    differences = gaps(records, first, measure)
-    if records is first or not differences:
-        return text
-    text += f" {np.mean(differences):+.{digits}f}"
-    if len(differences) > 1:
-        text += f" ±{interval(differences):.{digits}f}"
-    return text
-
-
-def fewer_tokens(records: dict, first: dict) -> str:
-    saved = [tokens_saved(r, first[seed]) for seed, r in records.items()
-             if seed in first and len(r["val_curve"]) > 1]
-    if records is first or not saved:
-        return ""
-    return "not reached" if math.isnan(sum(saved)) else f"{np.mean(saved):.0%}"
-
-
-def print_table(title: str, header: list, rows: list):
-    """Columns that do not fit on the terminal go into a further table below."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
+def print_table(title: str, rows: dict, last: dict):
+    """rows: {variant: {header: cell}}; last: {label: {header: cell}}. Columns that do not fit on
+    the terminal go into a further table. A variant's flags, too long for a column, stand below."""
+    labels = [f"{i} {variant.split()[0]}" for i, variant in enumerate(rows, start=1)]
+    width = max(map(len, ("variant", *labels, *last)))
+    first = [cell.ljust(width) for cell in ("variant", "-" * width, *labels, *last)]
+    tables = [first]  # lists of lines
+    cells = [*rows.values(), *last.values()]
     room = max(40, shutil.get_terminal_size((100, 24)).columns)
-    columns = list(range(1, len(header)))
+    for header in cells[0]:
+        width = max(len(header), *(len(row[header]) for row in cells))
+        fits = len(tables[-1][0]) + width + 7 <= room
+        if not fits and tables[-1] is not first:
+            tables.append(first)
+        column = [header, "-" * width, *(row[header] for row in cells)]
+        tables[-1] = [f"{line} | {cell:>{width}}" for line, cell in zip(tables[-1], column)]
     print(f"\n{title}")
-    while columns:
-        shown = [columns.pop(0)]
-        while columns and 4 + widths[0] + sum(widths[i] + 3 for i in (*shown, columns[0])) <= room:
-            shown.append(columns.pop(0))
+    for lines in tables:
         print()
-        for row in (header, ["-" * width for width in widths], *rows):
-            cells = [row[0].ljust(widths[0])]
-            cells += [row[i].rjust(widths[i]) for i in shown]
-            print("|", " | ".join(cells), "|")
-
-
-def print_results(table: dict, start_token: bool):
-    """Prints what {variant: {seed: record}} holds, the others against the first."""
-    name, first = next(iter(table.items()))
-    one = next(iter(first.values()))
-    losses, attention = [], []
-    for i, (variant, records) in enumerate(table.items(), start=1):
-        label = f"{i} {variant.split()[0]}"  # its flags are too long for a column
-        r = next(iter(records.values()))
-        losses.append([label, f"{len(records)}",
-                       mean_and_gap(records, first, validation, 4),
-                       mean_and_gap(records, first, training, 4),
-                       fewer_tokens(records, first),
-                       mean_and_gap(records, first, task_percent, 1),
-                       f"{r['params']:,}",
-                       f"{r['cache_bytes']:,.0f}",
-                       f"{r['cache_bytes'] / one['cache_bytes']:.0%}"])
-        attention.append([label])
-        for measure, (_, digits) in MEASURES.items():
-            deeper = deeper_half(measure, start_token)
-            attention[-1].append(mean_and_gap(records, first, deeper, digits))
-    attention.append(["even / random"])
-    baseline = even(one["flags"]["block_size"], one["value_width"])
-    for measure, (_, digits) in MEASURES.items():
-        known = measure in baseline
-        attention[-1].append(f"{baseline[measure]:.{digits}f}" if known else "")
-
-    minus = f"mean, minus {name.split()[0]}'s ± its 95% interval"
-    tokens = one["flags"]["max_steps"] * tokens_per_step(one["flags"])
-    print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
-                "four, chance 25; KV cache in bytes per token, float32",
-                ["variant", "seeds", "validation loss", "training loss", "fewer tokens", "task",
-                 "parameters", "KV cache", "share"], losses)
-    start = ", end-of-text first" if start_token else ""
-    print_table(f"Attention in the deeper half of the layers{start}; {minus}",
-                ["variant", *MEASURES], attention)
-    print()
-    for measure, (meaning, _) in MEASURES.items():
-        print(f"{measure}: {meaning}")
-    for (label, *_), variant in zip(losses, table):
+        for line in lines:
+            print(f"| {line} |")
+    for label, variant in zip(labels, rows):
         if len(variant.split()) > 1:
             print(f"{label}: {variant}")
 
 
+def print_results(table: dict, start_token: bool):
+    (name, first), *_ = table.items()
+    one = first[0]
+    losses, attention = {}, {}
+    for variant, runs in table.items():
+        pairs = [] if runs is first else pair_up(runs, first)
+        saved = [tokens_saved(r, f) for r, f in pairs if len(r["val_curve"]) > 1]
+        fewer = f"{np.mean(saved):.0%}" if saved else ""
+        params, cache_bytes = runs[0]["params"], runs[0]["cache_bytes"]
+        losses[variant] = {"seeds": f"{len(runs)}",
+                           "validation loss": mean_and_gap(runs, pairs, "validation", 4),
+                           "training loss": mean_and_gap(runs, pairs, "training", 4),
+                           "fewer tokens": fewer.replace("nan%", "not reached"),
+                           "task": mean_and_gap(runs, pairs, "right", 1),
+                           "parameters": f"{params:,}",
+                           "KV cache": f"{cache_bytes:,.0f}",
+                           "share": f"{cache_bytes / one['cache_bytes']:.0%}"}
+        attention[variant] = {measure: mean_and_gap(runs, pairs, measure, digits)
+                              for measure, (_, digits) in MEASURES.items()}
+    baseline = even(one["flags"]["block_size"], one["value_width"])
+    last = {measure: f"{baseline[measure]:.{digits}f}" if measure in baseline else ""
+            for measure, (_, digits) in MEASURES.items()}
+
+    minus = f"mean, minus {name.split()[0]}'s ± its 95% interval"
+    print_table(f"After {one['tokens'][-1]:,} tokens; {minus}.\nLoss in nats per token; task: % "
+                "right of four, chance 25; KV cache in bytes per token, float32", losses, {})
+    start = ", end-of-text first" if start_token else ""
+    print_table(f"Attention in the deeper half of the layers{start}; {minus}", attention,
+                {"even / random": last})
+    print()
+    for measure, (meaning, _) in MEASURES.items():
+        print(f"{measure}: {meaning}")
+
+
+def print_speed(record: dict):
+    rows = {}
+    for variant, tasks in record["speed"].items():
+        rows[variant] = {task: f"{ratio:.2f} ({rate:,.0f})"
+                         for task, (rate, ratio) in tasks.items()}
+    print_table(f"Speed over the first variant's (tokens per second) on {record['machine']}",
+                rows, {})
+
+
+def print_caches(runs: list, contexts: tuple):
+    # One token, without storage; the vocabulary does not matter.
+    sizes = {variant: KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
+             for variant, run in runs}
+    name, whole = next(iter(sizes.items()))
+    rows = {}
+    for variant, n in sizes.items():
+        rows[variant] = {"per token": f"{n:,}",
+                         f"of {name.split()[0]}'s": f"{n / whole:.0%}"}
+        for context in contexts:
+            rows[variant][f"{context:,} tokens"] = f"{n * context / 2**20:,.1f}"
+    print_table("KV cache in float32: bytes per token, then MiB for one sequence", rows, {})
+
+
 # -------------------------------------------------------------------------------------------------
-# Figures
+# Figures of a table of runs
 
 # Of Okabe and Ito, for the colour-blind too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
-def draw(table: dict, name: str, folder: Path, start_token: bool):
-    """<name>-cache.png, -loss.png, -attention.png and -heat.png in folder, each by a function of
-    (pyplot, table, the kind of attention that it draws) that returns a figure."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
+def draw(table: dict, name: str, folder: Path):
+    """<name>-cache.png, -loss.png, -attention.png and -heat.png in folder."""
+    if pyplot is None:
         print("\nno figures: pip install matplotlib, then start this again")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    kind = "attention_start" if start_token else "attention"
-    figures = dict(cache=draw_cache, loss=draw_loss, attention=draw_attention, heat=draw_heat)
-    for what, draw_one in figures.items():
-        figure = draw_one(pyplot, table, kind)
-        figure.savefig(folder / f"{name}-{what}.png", dpi=110)
-        pyplot.close(figure)
-    print(f"\nfigures: {', '.join(f'{name}-{what}.png' for what in figures)} in {folder}")
+    pyplot.rc("figure.constrained_layout", use=True)
+    pyplot.rc("axes", prop_cycle=pyplot.cycler(color=COLOURS))  # each curve takes the next
+    for draw_one in (draw_cache, draw_loss, draw_attention, draw_heat):
+        draw_one(table)
+        what = draw_one.__name__.removeprefix("draw_")
+        pyplot.savefig(folder / f"{name}-{what}.png", dpi=110)
+        pyplot.close()
+    print(f"\nfigures: {name}-cache.png, -loss.png, -attention.png and -heat.png in {folder}")
 
 
-def draw_band(ax, x, curves, colour, label):
+def draw_band(ax, x, curves, label):
     """The mean of the seeds' curves, and around it the range of all of them."""
-    ax.plot(x, np.mean(curves, axis=0), color=colour, label=label)
-    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15,
-                    linewidth=0)
+    [line] = ax.plot(x, np.mean(curves, axis=0), label=label)
+    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=line.get_color(),
+                    alpha=0.15, linewidth=0)
 
 
-def draw_cache(pyplot, table, kind):
-    figure, ax = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    first = next(iter(table.values()))
+def draw_cache(table):
+    figure, ax = pyplot.subplots(figsize=(9, 4.5))
+    name, first = next(iter(table.items()))
     taken = []
-    for i, (variant, records) in enumerate(table.items()):
-        x = next(iter(records.values()))["cache_bytes"]
+    for i, (variant, runs) in enumerate(table.items()):
+        x = runs[0]["cache_bytes"]
         beside = x * (1 + 0.02 * taken.count(x))  # so that equal caches don't hide each other
         taken.append(x)
-        differences = gaps(records, first, validation)
-        ax.errorbar(beside, np.mean(differences), interval(differences), fmt="os"[i // 5 % 2],
-                    capsize=4, color=COLOURS[i % 5], label=variant)
+        differences = [r["validation"] - f["validation"] for r, f in pair_up(runs, first)]
+        error = interval(differences) if len(differences) > 1 else None
+        ax.errorbar(beside, np.mean(differences), error, fmt="os"[i // 5 % 2], capsize=4,
+                    label=variant)
     ax.set_xlim(0, None)
     ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
-           ylabel=f"validation loss minus {next(iter(table))}'s,\nnats per token (lower is better)")
+           ylabel=f"validation loss minus {name}'s,\nnats per token (lower is better)")
     figure.legend(loc="outside right upper")
-    return figure
 
 
-def draw_loss(pyplot, table, kind):
+def draw_loss(table):
     (name, first), *others = table.items()
     panels = max(1, math.ceil(len(others) / 5))
-    figure, axes = pyplot.subplots(1, panels, figsize=(9, 4.5), layout="constrained", sharey=True,
-                                   squeeze=False)
-    for i, (variant, records) in enumerate(others):
-        curves = gaps(records, first, lambda record: np.array(record["train_curve"]))
-        if not curves:
-            continue
-        n = len(curves[0]) // 20 + 1  # smoothed over a twentieth of the steps
-        curves = [np.convolve(curve, np.full(n, 1 / n), "valid") for curve in curves]
-        steps = np.arange(len(curves[0])) + n
-        tokens = steps * tokens_per_step(next(iter(records.values()))["flags"])
-        draw_band(axes[0, i // 5], tokens / 1e6, curves, COLOURS[i % 5], variant)
+    _, axes = pyplot.subplots(1, panels, figsize=(9, 4.5), sharey=True, squeeze=False)
+    for i, (variant, runs) in enumerate(others):
+        curves = [r["smooth"] - f["smooth"] for r, f in pair_up(runs, first)]
+        if curves:
+            draw_band(axes[0, i // 5], runs[0]["tokens"] / 1e6, curves, variant)
     for ax in axes[0]:
-        ax.axhline(0, color="black", linewidth=0.8)
+        ax.axhline(0, color="black", linewidth=0.8, label=name)
         ax.set(xlabel="million tokens")
-        if others:
-            ax.legend()
+        ax.legend()
     axes[0, 0].set(ylabel=f"training loss minus {name}'s,\nnats per token (lower is better)")
-    return figure
 
 
-def draw_attention(pyplot, table, kind):
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    record = next(iter(next(iter(table.values())).values()))
-    baseline = even(record["flags"]["block_size"], record["value_width"])
+def draw_attention(table):
+    _, axes = pyplot.subplots(2, 2, figsize=(9, 7))
+    one = next(iter(table.values()))[0]
+    baseline = even(one["flags"]["block_size"], one["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
-        for colour, (variant, records) in zip(COLOURS, table.items()):  # at most five
-            layers = [r[kind][measure] for r in records.values()]
-            draw_band(ax, np.arange(len(layers[0])) + 1, layers, colour, variant)
+        for _, (variant, runs) in zip(COLOURS, table.items()):  # at most five
+            layers = [r["attention"][measure] for r in runs]
+            draw_band(ax, np.arange(len(layers[0])) + 1, layers, variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
     axes[0, 0].legend()
-    return figure
 
 
-def draw_heat(pyplot, table, kind):
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
-    for ax, (variant, records) in zip(axes, table.items()):
-        importance = np.mean([r[kind]["importance"] for r in records.values()], axis=0)  # (L, T)
+def draw_heat(table):
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    for ax, (variant, runs) in zip(axes, table.items()):
+        importance = np.mean([r["attention"]["importance"] for r in runs], axis=0)  # (L, T)
         L, T = importance.shape
         # Early tokens are seen by more queries: even attention is what to compare with.
-        times = np.log2(importance / even_attention(T).mean(axis=0))
-        image = ax.imshow(times, aspect="auto", cmap="PuOr_r", vmin=-3, vmax=3,
-                          extent=(0.5, T + 0.5, L + 0.5, 0.5))
+        image = ax.imshow(importance / even(T, 1)["importance"], aspect="auto", cmap="PuOr_r",
+                          norm="log", vmin=1 / 8, vmax=8, extent=(0.5, T + 0.5, L + 0.5, 0.5))
         ax.set(title=variant, xlabel="position of the token that is attended to")
     axes[0].set(ylabel="layer")
-    bar = figure.colorbar(image, ax=axes, ticks=[-3, -2, -1, 0, 1, 2, 3], extend="both")
-    bar.set_label("importance / that of even attention")
-    bar.set_ticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    return figure
+    bar = figure.colorbar(image, ax=axes, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], format="{x:g}",
+                          extend="both", label="importance / that of even attention")
+    bar.minorticks_off()
 
 
 # -------------------------------------------------------------------------------------------------
+# What is measured, and what is shown
 
 
-def comparable(record: dict) -> str:
-    """What two runs must have in common to be a pair, as text."""
-    shared = {k: v for k, v in record["flags"].items() if k not in OWN_FLAGS | {"seed"}}
-    return json.dumps([shared, *(record[k] for k in ("data_sha256", "device", "dtype",
-                                                     "questions"))])
+def measure_all(config: BenchConfig) -> list[dict]:
+    """The records of all that config asks for. What is in results.jsonl is not measured again,
+    whatever experiment it belongs to: the newest record by today's code counts, or, without
+    --fresh, the newest by other code."""
+    runs = list_runs(config)
+    device, code = pick_device(config.device), fingerprint()
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    about = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
+                 code=code)
+    path = Path(config.out_dir, "results.jsonl")
+    records, used, reused = read_records(path), [], []
+    if "cache" in config.parts:
+        print_caches(runs[:len(config.variants)], config.contexts)
+    for variant, same, measure_rest in jobs(config, runs, device, about):
+        same = json.loads(json.dumps(same))  # as in the file, where tuples are lists
+        found = [r for r in records if same.items() <= r.items()
+                 and (r["code"] == code or not config.fresh)]
+        found.sort(key=lambda r: r["code"] == code)  # today's code comes last
+        label = dict(name=config.name, variant=variant)
+        if found:
+            record = found[-1] | label
+            reused.append(record)
+        else:
+            record = label | same | about | measure_rest()
+        if record not in records:  # new, or new under this name
+            write_record(path, record)
+            records.append(record)
+        used.append(record)
+
+    dates = ", ".join(sorted({r["date"] for r in reused}))
+    outdated = sum(r["code"] != code for r in reused)
+    if reused:
+        print(f"reused {len(reused)} of {len(used)} measurements, of {dates}")
+    if outdated:
+        print(f"WARNING: {outdated} of them were made by other code than today's model.py and "
+              "train.py; --fresh measures them anew")
+    return used
 
 
-def show(records: list[dict], config: BenchConfig, variants):
-    """Prints and draws what records hold of the variants, against the first of them."""
+def jobs(config: BenchConfig, runs: list, device: torch.device, about: dict):
+    """Yields what there is to measure, one at a time: (variant, what its record is found by, a
+    function that returns the rest of the record)."""
+    def flags(run):
+        return {name: value for name, value in asdict(run).items() if name not in UNRECORDED}
+
+    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
+    where = dict(device=device.type, dtype=dtype)
+    if "speed" in config.parts:  # measured before signals are caught: Ctrl-C ends it
+        variant, run = runs[0]
+        same = dict(kind="speed", flags=flags(run), machine=about["machine"],
+                    variants=config.variants, contexts=config.contexts, rounds=config.rounds,
+                    decode_batch=config.decode_batch, **where)
+        first_seed = runs[:len(config.variants)]
+        yield variant, same, lambda: measure_speed(first_seed, config, device)
+    if "loss" in config.parts:
+        _, _, meta = load_data(config)
+        signals = catch_signals()
+        for i, (variant, run) in enumerate(runs, start=1):
+            same = dict(kind="run", flags=flags(run), data_sha256=meta["sha256"],
+                        questions=config.questions, **where)
+            key = json.dumps([same["flags"], meta["sha256"], about["code"]]).encode()
+            run.out_dir = f"{config.out_dir}/{hashlib.sha256(key).hexdigest()[:12]}"
+            title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
+            yield variant, same, lambda: measure_run(run, config.questions, title, signals)
+            if signals:
+                sys.exit(128 + signals[0])  # the record is written, the same command goes on
+
+
+def show(records: list[dict], config: BenchConfig):
+    """Prints and draws the runs of config.variants, against the first of them, and the newest
+    speeds. Runs that differ in what all variants share are never a pair: they get tables of their
+    own."""
     tables = {}
     for r in records:
-        if r["kind"] == "run" and r["variant"] in variants:
-            empty = {variant: {} for variant in variants}
-            table = tables.setdefault(comparable(r), empty)
-            table[r["variant"]][r["flags"]["seed"]] = r  # of two, the newer
+        if r["kind"] == "run" and r["variant"] in config.variants:
+            shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
+            shared |= {k: r[k] for k in ("data_sha256", "device", "dtype", "questions")}
+            table = tables.setdefault(json.dumps(shared), {v: {} for v in config.variants})
+            seeds = table[r["variant"]]
+            seeds[r["flags"]["seed"]] = with_numbers(r, config.start_token)  # of two, the newer
     for i, table in enumerate(tables.values(), start=1):
-        missing = [variant for variant in variants if not table[variant]]
-        if missing:
-            print(f"\nno runs of {', '.join(missing)}")
-        if variants[0] in missing:
-            continue  # there is nothing to compare with
-        table = {variant: found for variant, found in table.items() if found}
-        if len({r["code"] for found in table.values() for r in found.values()}) > 1:
+        table = {variant: list(seeds.values()) for variant, seeds in table.items() if seeds}
+        if len({r["code"] for runs in table.values() for r in runs}) > 1:
             print("\nWARNING: these runs were made by different versions of the code")
         print_results(table, config.start_token)
         name = config.name if len(tables) == 1 else f"{config.name}-{i}"
-        draw(table, name, Path(config.out_dir), config.start_token)
-    for r in records:
-        if r["kind"] == "speed":
-            print_speed(r)
+        draw(table, name, Path(config.out_dir))
+    speeds = [r for r in records if r["kind"] == "speed"]
+    for r in speeds[-1:]:
+        print_speed(r)
 
 
 def show_file(config: BenchConfig, given: set):
-    """--show: the newest speeds and all runs of an experiment, from the file alone."""
+    """--show: all runs and the newest speeds of an experiment, from the file alone."""
     path = Path(config.show)
     if not path.is_file():
         raise UserError(f"--show {path}: there is no such file")
@@ -727,77 +701,12 @@ def show_file(config: BenchConfig, given: set):
     if not records:
         names = ", ".join(dict.fromkeys(r["name"] for r in everything))
         raise UserError(f"--name {config.name}: {path} has {names}")
-    runs = [r for r in records if r["kind"] == "run"]
-    speeds = [r for r in records if r["kind"] == "speed"]
-    variants = measured = tuple(dict.fromkeys(r["variant"] for r in runs))
-    if "variants" in given:
-        variants = config.variants
-        if not set(variants) <= set(measured):
-            raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
-    show(runs + speeds[-1:], config, variants)
-
-
-def print_speed(record: dict):
-    rows = []
-    for i, (variant, tasks) in enumerate(record["speed"].items(), start=1):
-        cells = [f"{ratio:.2f} ({rate:,.0f})" for rate, ratio in tasks.values()]
-        rows.append([f"{i} {variant.split()[0]}", *cells])
-    print_table(f"Speed over the first variant's (tokens per second) on {record['machine']}",
-                ["variant", *tasks], rows)
-
-
-def print_caches(config: BenchConfig, runs: list[TrainConfig]):
-    rows = []
-    for i, run in enumerate(runs, start=1):
-        # One token, without storage; the vocabulary does not matter.
-        n = KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
-        if i == 1:
-            whole = n
-        mib = [f"{n * context / 2**20:,.1f}" for context in config.contexts]
-        rows.append([f"{i} {run.attention}", f"{n:,}", f"{n / whole:.0%}", *mib])
-    contexts = [f"{context:,} tokens" for context in config.contexts]
-    print_table("KV cache in float32: bytes per token, then MiB for one sequence",
-                ["variant", "per token", f"of {runs[0].attention}'s", *contexts], rows)
-
-
-def measure_everything(config: BenchConfig, device: torch.device):
-    """The parts that are asked for: the cache, then the speed, then the runs."""
-    runs, results = list_runs(config), Results(config, device)
-    n = len(config.variants)  # the first n runs are the first seed's
-    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
-    where = dict(device=device.type, dtype=dtype)
-    if "cache" in config.parts:
-        print_caches(config, runs[:n])
-    if {"loss", "speed"} & set(config.parts):
-        _, val_data, meta = load_data(runs[0])
-
-    if "speed" in config.parts:  # before signals are caught: Ctrl-C ends it
-        settings = {k: getattr(config, k) for k in ("variants", "contexts", "rounds",
-                                                    "decode_batch")}
-        results.once("speed", config.variants[0], recorded_flags(runs[0]),
-                     lambda: measure_speed(runs[:n], config, meta["vocab_size"], device),
-                     machine=results.about["machine"], **settings, **where)
-
-    if "loss" in config.parts:
-        signals = catch_signals()
-        for i, run in enumerate(runs):
-            variant, flags = config.variants[i % n], recorded_flags(run)
-            title = f"run {i + 1} of {len(runs)}: {variant}, seed {run.seed}"
-            identity = json.dumps([flags, meta["sha256"], results.about["code"]])
-            key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-            run = replace(run, out_dir=str(results.path.parent / key))
-            results.once("run", variant, flags,
-                         lambda: measure_run(run, config.questions, val_data, meta, device, title,
-                                             signals),
-                         data_sha256=meta["sha256"], questions=config.questions, **where)
-            if signals:
-                sys.exit(128 + signals[0])  # the record is written, the same command goes on
-    results.say_what_was_reused()
-    show(results.used, config, config.variants)
-
-
-def recorded_flags(run: TrainConfig) -> dict:
-    return {k: v for k, v in asdict(run).items() if k not in UNRECORDED}
+    measured = tuple(dict.fromkeys(r["variant"] for r in records if r["kind"] == "run"))
+    if "variants" not in given:
+        config = replace(config, variants=measured)
+    if not set(config.variants) <= set(measured):
+        raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
+    show(records, config)
 
 
 def main():
@@ -808,7 +717,7 @@ def main():
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
-    measure_everything(config, pick_device(config.device))
+    show(measure_all(config), config)
 
 
 if __name__ == "__main__":

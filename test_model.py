@@ -1126,13 +1126,17 @@ def test_the_task_asks_which_of_four_continuations_is_the_likeliest():
 
 
 def test_gaps_are_paired_by_seed_with_students_interval():
-    first = {1: dict(x=1.0), 2: dict(x=2.0), 3: dict(x=3.0)}
-    other = {3: dict(x=3.5), 1: dict(x=1.1), 2: dict(x=2.3), 9: dict(x=100.0)}
-    cells = bench.mean_and_gap(other, first, lambda r: r["x"], 3)
+    first = [dict(seed=1, x=1.0), dict(seed=2, x=2.0), dict(seed=3, x=3.0)]
+
+    def cell(runs, digits):  # runs: {seed: x}
+        runs = [dict(seed=seed, x=x) for seed, x in runs.items()]
+        return bench.mean_and_gap(runs, bench.pair_up(runs, first), "x", digits)
+
     spread = 4.303 * np.std([0.1, 0.3, 0.5], ddof=1) / math.sqrt(3)
-    assert cells == f"{np.mean([3.5, 1.1, 2.3, 100]):.3f} +0.300 ±{spread:.3f}"
-    assert bench.mean_and_gap(first, first, lambda r: r["x"], 1) == "2.0"
-    assert bench.mean_and_gap({1: dict(x=0.5)}, first, lambda r: r["x"], 1) == "0.5 -0.5"
+    mean = np.mean([3.5, 1.1, 2.3, 100])
+    assert cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, 3) == f"{mean:.3f} +0.300 ±{spread:.3f}"
+    assert bench.mean_and_gap(first, [], "x", 1) == "2.0"
+    assert cell({1: 0.5}, 1) == "0.5 -0.5" and cell({8: 0.5}, 1) == "0.5"
     assert bench.interval([1.0] * 20) == 0
 
     other = dict(val_curve=[[100, 3.0], [200, 2.0]])
@@ -1187,8 +1191,9 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     assert [r["cache_bytes"] for r in runs[:3]] == [4 * 4 * 16, 4 * 4 * 16, 4 * 3 * 8]
     # The record is enough to make the run again, and gives the same loss.
     flags = runs[1]["flags"] | dict(value_lambda=(2, 1), out_dir="again")
-    assert run(TrainConfig(**flags))[-1]["val_loss"] == bench.validation(runs[1])
-    gaps = [bench.validation(runs[i + 1]) - bench.validation(runs[i]) for i in (0, 3)]
+    assert run(TrainConfig(**flags))[-1]["val_loss"] == runs[1]["val_curve"][-1][1]
+    losses = [r["val_curve"][-1][1] for r in runs]
+    gaps = [losses[1] - losses[0], losses[4] - losses[3]]
     assert f"{np.mean(gaps):+.4f} ±{bench.interval(gaps):.4f}" in printed
     assert "2 resformer: resformer --value_lambda 2 1 --lr 1e-2" in printed
     assert "| 3 svformer+gqa |     2 |" in printed and "38% " in printed
@@ -1262,12 +1267,17 @@ def test_a_results_file_survives_a_cut_line(folder):
     assert bench.read_records(path) == [record]
 
 
-def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench):
+def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench, monkeypatch):
     asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
-    caught.append(signal.SIGTERM)
+    caught.append(signal.SIGTERM)  # in the first run's training
     with pytest.raises(SystemExit):
         small_bench(*asked)
     assert not Path("b/results.jsonl").exists()
+    caught.clear()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # after it, in the task
+        patch.setattr(bench, "task_accuracy", lambda *_: caught.append(signal.SIGTERM) or 0.25)
+        small_bench(*asked)
+    assert len(bench_records()) == 1
     caught.clear()
     small_bench(*asked)
     assert len(bench_records()) == 2
