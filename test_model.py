@@ -823,6 +823,21 @@ def test_the_model_compiles_into_one_graph_each_way(small_run, monkeypatch, atte
     assert losses(history) == pytest.approx(losses(expected), rel=1e-3)
 
 
+@slow
+def test_under_distributed_data_parallel_it_is_one_graph_too():
+    dist, graphs = train.dist, CompileCounterWithBackend("aot_eager")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.compiler.reset()
+    model = tiny_model("svformer+gqa", torch.float32, n_layer=2)
+    fast = train.DistributedDataParallel(torch.compile(model, backend=graphs, fullgraph=True))
+    for _ in range(3):
+        _, loss = fast(tokens(), tokens(seed=2))
+        loss.backward()
+    assert graphs.frame_count == 1
+    del fast
+    dist.destroy_process_group()
+
+
 def test_where_nothing_compiles_auto_trains_uncompiled_and_on_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no Triton\nand a page")))
     with pytest.raises(UserError, match="--compile off: no Triton$"):
