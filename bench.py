@@ -1,7 +1,7 @@
 """The comparison: every system trained on the same tokens in the same order; then its loss, KV
 cache, attention, a task and its speed side by side.
 
-    python bench.py                      ten systems x three seeds, two hours on two cores
+    python bench.py                      ten systems x three seeds, one to two hours on two cores
     python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
     python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --name lambda
     python bench.py --size 82M --parts cache --contexts 2048 65536
@@ -36,8 +36,8 @@ from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data
 
 try:
     from matplotlib import pyplot
-except ImportError:
-    pyplot = None  # no figures then
+except (ImportError, ValueError):  # it isn't there, or MPLBACKEND names a wrong backend
+    pyplot = None
 
 SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
            "cla", "svformer+gqa", "cla+gqa")
@@ -130,7 +130,8 @@ def read_records(path: Path) -> list[dict]:
         try:
             record = json.loads(line)
         except ValueError:
-            print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
+            if line.strip():
+                print(f"{path}, line {i} is cut or broken, and skipped", file=sys.stderr)
             continue
         keys = {"name", "kind", "variant", "flags", "date", "code"}
         if not isinstance(record, dict) or not keys <= set(record):
@@ -232,13 +233,14 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> dic
 
 
 def even(T: int, width: int) -> dict:
-    """What describe says where each query attends evenly to the tokens so far, and the values have
-    random directions."""
+    """What describe says where each query attends evenly to the tokens so far, and values and
+    hidden states have random directions and one size; without the eigenvalue, which depends on
+    that size."""
     tokens_so_far = torch.arange(1, T + 1)[:, None]
     A = torch.ones(T, T, dtype=torch.float64).tril() / tokens_so_far
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
     found = describe(A, values, values)
-    del found["eigenvalue"]  # it depends on the size of the values
+    del found["eigenvalue"]
     return found | dict(value_norm=1.0, hidden_norm=1.0, similarity=0.0)
 
 
@@ -262,9 +264,9 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
         ids[:, 1:, :context] = ids[:, :1, :context]  # the first is real, all have its context
         ids = torch.from_numpy(ids).to(device).flatten(0, 1)  # (4 B, context + n)
         x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4 B, n, C)
-        logits = model.lm_head(x).float().transpose(1, 2)  # (4 B, V, n)
-        losses = F.cross_entropy(logits, ids[:, context:], reduction="none")  # (4 B, n)
-        likeliest = losses.sum(dim=1).view(-1, 4).argmin(dim=1)  # (B,)
+        logits = model.lm_head(x).float().flatten(0, 1)  # (4 B n, V)
+        losses = F.cross_entropy(logits, ids[:, context:].flatten(), reduction="none")
+        likeliest = losses.view(-1, 4, n).sum(dim=2).argmin(dim=1)  # (B,)
         right += (likeliest == 0).sum().item()
     return right / questions
 
@@ -275,13 +277,15 @@ def measure_run(run: TrainConfig, questions: int, title: str, signals: list) -> 
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
-    print(f"{title}: {history[-1]['val_loss']:.4f} nats per token", file=sys.stderr)
+    seconds = sum(r["seconds"] for r in history)  # of the steps, without the evaluations
+    print(f"{title}: {history[-1]['val_loss']:.4f} nats per token, {seconds:.0f} s",
+          file=sys.stderr)
 
     model.requires_grad_(False)
     c, device = model.config, model.lm_head.weight.device
     _, data, meta = load_data(run)
     record = dict(params=model.num_params(),
-                  seconds=round(sum(r["seconds"] for r in history), 1),  # without evaluations
+                  seconds=round(seconds, 1),
                   val_curve=[(r["step"], r["val_loss"]) for r in history if "val_loss" in r],
                   train_curve=[round(r["loss"], 4) for r in history],
                   bits_per_byte=history[-1]["bits_per_byte"],
@@ -295,8 +299,14 @@ def measure_run(run: TrainConfig, questions: int, title: str, signals: list) -> 
     started = F.pad(texts[:, :-1], (1, 0), value=meta["vocab_size"] - 1)  # after an end-of-text
     for kind, idx in (("attention", texts), ("attention_start", started)):
         look = look_at_attention(model, idx)
-        record[kind] = {name: np.round(numbers, 6).tolist() for name, numbers in look.items()}
+        record[kind] = {name: rounded(numbers).tolist() for name, numbers in look.items()}
     return record
+
+
+@np.vectorize
+def rounded(number: float) -> float:
+    """To five significant digits."""
+    return float(f"{number:.5g}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -367,9 +377,9 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
 
 
 def with_numbers(record: dict, start_token: bool) -> dict:
-    """A run's record, and in it what is compared, by name."""
+    """A run's record, and in it what is compared, by name; "attention" is the kind asked for."""
     flags, curve = record["flags"], record["train_curve"]
-    tokens = flags["batch_size"] * flags["grad_accum"] * flags["block_size"]  # of a step
+    step_tokens = flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
     n = max(1, len(curve) // 20)  # smoothed over a twentieth of the steps
     smooth = np.convolve(curve, np.full(n, 1 / n), "valid")
     attention = record["attention_start"] if start_token else record["attention"]
@@ -382,7 +392,7 @@ def with_numbers(record: dict, start_token: bool) -> dict:
                                   training=smooth[-1],
                                   right=100 * record["task"],
                                   smooth=smooth,
-                                  tokens=tokens * np.arange(n, len(curve) + 1),  # after each
+                                  tokens=step_tokens * np.arange(n, len(curve) + 1),  # so far
                                   attention=attention)
 
 
@@ -516,7 +526,6 @@ def draw(table: dict, name: str, folder: Path):
         return
     folder.mkdir(parents=True, exist_ok=True)
     pyplot.rc("figure.constrained_layout", use=True)
-    pyplot.rc("axes", prop_cycle=pyplot.cycler(color=COLOURS))  # each curve takes the next
     for draw_one in (draw_cache, draw_loss, draw_attention, draw_heat):
         draw_one(table)
         what = draw_one.__name__.removeprefix("draw_")
@@ -525,11 +534,11 @@ def draw(table: dict, name: str, folder: Path):
     print(f"\nfigures: {name}-cache.png, -loss.png, -attention.png and -heat.png in {folder}")
 
 
-def draw_band(ax, x, curves, label):
+def draw_band(ax, x, curves, colour, label):
     """The mean of the seeds' curves, and around it the range of all of them."""
-    [line] = ax.plot(x, np.mean(curves, axis=0), label=label)
-    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=line.get_color(),
-                    alpha=0.15, linewidth=0)
+    ax.plot(x, np.mean(curves, axis=0), color=colour, label=label)
+    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15,
+                    linewidth=0)
 
 
 def draw_cache(table):
@@ -543,7 +552,7 @@ def draw_cache(table):
         differences = [r["validation"] - f["validation"] for r, f in pair_up(runs, first)]
         error = interval(differences) if len(differences) > 1 else None
         ax.errorbar(beside, np.mean(differences), error, fmt="os"[i // 5 % 2], capsize=4,
-                    label=variant)
+                    color=COLOURS[i % 5], label=variant)
     ax.set_xlim(0, None)
     ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
            ylabel=f"validation loss minus {name}'s,\nnats per token (lower is better)")
@@ -557,7 +566,8 @@ def draw_loss(table):
     for i, (variant, runs) in enumerate(others):
         curves = [r["smooth"] - f["smooth"] for r, f in pair_up(runs, first)]
         if curves:
-            draw_band(axes[0, i // 5], runs[0]["tokens"] / 1e6, curves, variant)
+            million_tokens = runs[0]["tokens"] / 1e6
+            draw_band(axes[0, i // 5], million_tokens, curves, COLOURS[i % 5], variant)
     for ax in axes[0]:
         ax.axhline(0, color="black", linewidth=0.8, label=name)
         ax.set(xlabel="million tokens")
@@ -570,9 +580,9 @@ def draw_attention(table):
     one = next(iter(table.values()))[0]
     baseline = even(one["flags"]["block_size"], one["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
-        for _, (variant, runs) in zip(COLOURS, table.items()):  # at most five
+        for colour, (variant, runs) in zip(COLOURS, table.items()):  # at most five
             layers = [r["attention"][measure] for r in runs]
-            draw_band(ax, np.arange(len(layers[0])) + 1, layers, variant)
+            draw_band(ax, np.arange(len(layers[0])) + 1, layers, colour, variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
     axes[0, 0].legend()
@@ -639,8 +649,8 @@ def measure_all(config: BenchConfig) -> list[dict]:
 
 
 def jobs(config: BenchConfig, runs: list, device: torch.device, about: dict):
-    """Yields what there is to measure, one at a time: (variant, what its record is found by, a
-    function that returns the rest of the record)."""
+    """Yields what there is to measure, one at a time: (variant, the part of the record that tells
+    it from others, a function that returns the rest of the record)."""
     def flags(run):
         return {name: value for name, value in asdict(run).items() if name not in UNRECORDED}
 
@@ -680,6 +690,11 @@ def show(records: list[dict], config: BenchConfig):
             seeds = table[r["variant"]]
             seeds[r["flags"]["seed"]] = with_numbers(r, config.start_token)  # of two, the newer
     for i, table in enumerate(tables.values(), start=1):
+        missing = [variant for variant, seeds in table.items() if not seeds]
+        if missing:
+            print(f"\nno runs of {', '.join(missing)}")
+        if config.variants[0] in missing:
+            continue  # there is nothing to compare with
         table = {variant: list(seeds.values()) for variant, seeds in table.items() if seeds}
         if len({r["code"] for runs in table.values() for r in runs}) > 1:
             print("\nWARNING: these runs were made by different versions of the code")

@@ -196,7 +196,7 @@ def read_shards(paths, n_vocab: int):
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; "" if it is no such file, or may not be read."""
+    """The text of a UTF-8 file; "" if it is no such file, holds a zero byte, or may not be read."""
     try:
         text = path.read_bytes().decode("utf-8") if path.is_file() else ""
     except (UnicodeDecodeError, PermissionError):
@@ -205,8 +205,8 @@ def read_text(path: Path) -> str:
 
 
 def find_texts(dataset: str, out: Path) -> list[Path]:
-    """The files with the text of a data set, sorted. Hidden ones are not looked at, others that
-    hold no UTF-8 text are counted. UserError if there is too little text."""
+    """The files with the text of a data set, sorted. Hidden ones in a folder are passed over, files
+    without UTF-8 text are left out and counted. UserError if there is too little text."""
     top, suffix, skip = Path(dataset), "", set()
     if dataset == "stdlib":  # this Python's own sources, without tests and packages
         top, suffix = Path(sysconfig.get_path("stdlib")), ".py"
@@ -217,7 +217,8 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
             top.unlink()
             raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
     found = []
-    # What os.walk can't list is found itself: a single file, or a folder that may not be entered.
+    # os.walk reports what it can't list, a single file or a folder that may not be entered: such
+    # a path is itself among those found.
     for parent, folders, files in os.walk(top, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = [name for name in folders if name[0] != "." and name not in skip]
         found += [Path(parent, name) for name in files if name[0] != "." and name.endswith(suffix)]
@@ -230,9 +231,9 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
 
 
 def encode_texts(files: list[Path], part: str, tokenizer):
-    """Yields the token ids of the texts for "train" or "val", with an end-of-text between two. For
-    validation is every tenth file (the last one, if there are fewer than ten), or the last tenth
-    of the characters of a single file."""
+    """Yields the token ids of the texts for "train" or "val", with an end-of-text between two.
+    Every tenth file is for validation (the last one, if there are fewer than ten), or the last
+    tenth of the characters of a single file."""
     if len(files) == 1:
         text = read_text(files[0])
         cut = len(text) * 9 // 10
@@ -270,9 +271,9 @@ def prepare(config: DataConfig) -> Path:
     named = ("stdlib", "shakespeare", "fineweb")
     name = source = dataset
     if dataset not in named:
-        path = Path(dataset).resolve()
-        if not path.exists():
+        if not Path(dataset).exists():
             raise UserError(f"{dataset} is no file or folder, nor {', '.join(named)}")
+        path = Path(dataset).resolve()
         name, source = path.name if path.is_dir() else path.stem, str(path)
         if name in ("", *named):
             raise UserError(f"'{name}' cannot be the name of a data set of yours: rename {dataset}")
