@@ -2,7 +2,7 @@
 in loops over layers and heads; the scripts run on small data elsewhere.
 
     pip install pytest && pytest -q
-    SLOW=1 pytest -q -k slow        faults at length: many kills, many processes
+    SLOW=1 pytest -q        also what takes a minute: many kills, every variant compiled
 """
 
 import hashlib
