@@ -176,7 +176,8 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
         hidden, k, v = outputs
         A = attention_matrix(block.self_attn, block.input_layernorm(x), rope, k1, k)
         values = v[0].transpose(0, 1).flatten(1)  # (T, nkv * hs)
-        seen.append(describe(A, values, hidden[0]))
+        # On the CPU, because MPS has no eigenvalues.
+        seen.append(describe(A.cpu(), values.cpu(), hidden[0].cpu()))
 
     hooks = [block.register_forward_hook(after_block) for block in model.layers]
     for sequence in idx.split(1):  # one at a time: attention is nh x T x T numbers
@@ -217,8 +218,7 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> dic
     value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
     # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
     total = F.normalize(hidden, dim=1).sum(dim=0)  # (C,)
-    moment = values.T @ values / T
-    spectrum = torch.linalg.eigvalsh(moment.float().cpu()).clamp(min=0)  # (nkv * hs,)
+    spectrum = torch.linalg.eigvalsh(values.T @ values / T).clamp(min=0)  # (nkv * hs,)
     share = spectrum / spectrum.sum()
     found = dict(importance=importance,
                  entropy=torch.special.entr(importance).sum(),  # of -p ln p, in nats
