@@ -94,9 +94,10 @@ def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
                 if not given <= OWN_FLAGS:
                     raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give "
                                     "it outside the quotes")
-                users = {None, *own.attention.split("+")}  # None: what all variants use
-                flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
-                         if USED_BY.get(f.name) in users}
+                flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+                for name, user in USED_BY.items():
+                    if user not in own.attention.split("+"):
+                        del flags[name]  # the variant does not use it
                 flags |= {name: getattr(own, name) for name in given}
                 run = TrainConfig(**flags | dict(seed=seed))
                 check(run)
@@ -167,12 +168,12 @@ MEASURES = {
 
 
 @torch.no_grad()
-def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
+def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, torch.Tensor]:
     """MEASURES of each layer (L,) and "importance" (L, T), means over the sequences idx (B, T)."""
     seen = []  # what describe says, sequence by sequence and layer by layer
 
     def after_block(block, inputs, outputs):
-        x, rope, k1 = inputs[0], inputs[1], inputs[5]
+        x, rope, _, _, _, k1, *_ = inputs  # as in Block.forward
         hidden, k, v = outputs
         A = attention_matrix(block.self_attn, block.input_layernorm(x), rope, k1, k)
         values = v[0].transpose(0, 1).flatten(1)  # (T, nkv * hs)
@@ -186,8 +187,8 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
         hook.remove()
     means = {}
     for name in seen[0]:
-        layers = np.array([layer[name] for layer in seen])  # (B L,), the importance (B L, T)
-        means[name] = np.mean(np.split(layers, len(idx)), axis=0)
+        layers = torch.stack([layer[name] for layer in seen])  # (B L,), the importance (B L, T)
+        means[name] = layers.unflatten(0, (len(idx), -1)).mean(dim=0)
     return means
 
 
@@ -195,12 +196,12 @@ def attention_matrix(attention, x, rope, k1, k) -> torch.Tensor:
     """A_n (T, T) for x (1, T, C), the mean over heads; crosslayer: a token's keys of both layers
     added up."""
     c, T = attention.config, x.size(1)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     if "crosslayer" in c.variants and attention.n > 1:
-        k = torch.cat((k1, k), dim=2)
+        k = torch.cat((k1, k), dim=2)  # (1, nkv, 2 T, hs)
+        future = torch.cat((future, future), dim=1)  # (T, 2 T)
     q = rotate(attention.split_heads(attention.q_proj(x)), *rope)  # (1, nh, T, hs)
     k = k.repeat_interleave(c.n_head // c.n_kv_head, dim=1)  # (1, nh, T or 2 T, hs)
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    future = future.repeat(1, k.size(2) // T)
     scores = q @ k.transpose(2, 3) / math.sqrt(c.head_dim)  # (1, nh, T, T or 2 T)
     A = scores.masked_fill(future, -math.inf).softmax(dim=3)[0].mean(dim=0)  # (T, T or 2 T)
     return A.unflatten(1, (-1, T)).sum(dim=1)
@@ -216,20 +217,19 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> dic
     T = len(A)
     importance = A.mean(dim=0)  # (T,), sums to 1
     value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
-    # |sum of T unit vectors|^2 is T, plus the cosines of all T (T - 1) ordered pairs.
-    total = F.normalize(hidden, dim=1).sum(dim=0)  # (C,)
+    directions = F.normalize(hidden, dim=1)  # (T, C)
+    cosines = directions @ directions.T  # (T, T), with 1 on the diagonal
     spectrum = torch.linalg.eigvalsh(values.T @ values / T).clamp(min=0)  # (nkv * hs,)
     share = spectrum / spectrum.sum()
-    found = dict(importance=importance,
-                 entropy=torch.special.entr(importance).sum(),  # of -p ln p, in nats
-                 top=importance.max(),
-                 first=A[1:, 0].mean(),  # what the queries after the first pay to it
-                 value_norm=value_norms[0] / value_norms[1:].mean(),
-                 hidden_norm=hidden_norms[0] / hidden_norms[1:].mean(),
-                 similarity=(total.square().sum() - T) / (T * (T - 1)),
-                 eigenvalue=spectrum.max(),
-                 rank=torch.special.entr(share).sum().exp())
-    return {name: number.tolist() for name, number in found.items()}
+    return dict(importance=importance,
+                entropy=torch.special.entr(importance).sum(),  # of -p ln p, in nats
+                top=importance.max(),
+                first=A[1:, 0].mean(),  # what the queries after the first pay to it
+                value_norm=value_norms[0] / value_norms[1:].mean(),
+                hidden_norm=hidden_norms[0] / hidden_norms[1:].mean(),
+                similarity=(cosines.sum() - T) / (T * (T - 1)),
+                eigenvalue=spectrum.max(),
+                rank=torch.special.entr(share).sum().exp())
 
 
 def even(T: int, width: int) -> dict:
@@ -239,7 +239,7 @@ def even(T: int, width: int) -> dict:
     tokens_so_far = torch.arange(1, T + 1)[:, None]
     A = torch.ones(T, T, dtype=torch.float64).tril() / tokens_so_far
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
-    found = describe(A, values, values)
+    found = {name: x.numpy() for name, x in describe(A, values, values).items()}
     del found["eigenvalue"]
     return found | dict(value_norm=1.0, hidden_norm=1.0, similarity=0.0)
 
@@ -253,21 +253,17 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     """A stand-in for downstream tasks: of a context's real continuation and three from elsewhere in
     the text, is the real one the likeliest? Chance is 1/4; where one of the three is the same text,
     the answer counts as right. The questions are the same for all."""
-    T, V = model.config.block_size, model.config.vocab_size
+    T = model.config.block_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
-    places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
-    at_once = max(1, min(32, 2**27 // (4 * n * V)))  # questions, their logits in 0.5 GiB
     right = 0
-    for part in np.split(places, range(at_once, questions, at_once)):  # (B, 4)
-        where = part[:, :, None] + np.arange(context + n)  # (B, 4, context + n)
-        ids = data[where].astype(np.int64)
-        ids[:, 1:, :context] = ids[:, :1, :context]  # the first is real, all have its context
-        ids = torch.from_numpy(ids).to(device).flatten(0, 1)  # (4 B, context + n)
-        x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4 B, n, C)
-        logits = model.lm_head(x).float().flatten(0, 1)  # (4 B n, V)
-        losses = F.cross_entropy(logits, ids[:, context:].flatten(), reduction="none")
-        likeliest = losses.view(-1, 4, n).sum(dim=2).argmin(dim=1)  # (B,)
-        right += (likeliest == 0).sum().item()
+    for places in np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4)):
+        where = places[:, None] + np.arange(context + n)  # (4, context + n)
+        where[:, :context] = where[0, :context]  # the first is real, all have its context
+        ids = torch.from_numpy(data[where].astype(np.int64)).to(device)
+        x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4, n, C)
+        logits = model.lm_head(x).float().transpose(1, 2)  # (4, V, n)
+        losses = F.cross_entropy(logits, ids[:, context:], reduction="none")  # (4, n)
+        right += losses.sum(dim=1).argmin().item() == 0
     return right / questions
 
 
@@ -297,16 +293,11 @@ def measure_run(run: TrainConfig, questions: int, title: str, signals: list) -> 
     starts = np.linspace(0, len(data) - c.block_size - 1, 64).astype(np.int64)
     texts, _ = windows(data, starts, c.block_size, device)  # (64, T)
     started = F.pad(texts[:, :-1], (1, 0), value=meta["vocab_size"] - 1)  # after an end-of-text
+    five_digits = np.vectorize(lambda number: float(f"{number:.5g}"))
     for kind, idx in (("attention", texts), ("attention_start", started)):
         look = look_at_attention(model, idx)
-        record[kind] = {name: rounded(numbers).tolist() for name, numbers in look.items()}
+        record[kind] = {name: five_digits(x.numpy()).tolist() for name, x in look.items()}
     return record
-
-
-@np.vectorize
-def rounded(number: float) -> float:
-    """To five significant digits."""
-    return float(f"{number:.5g}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -345,7 +336,7 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             f"decoding at {context:,}": (decode_16, 16 * n)}
 
 
-def measure_speed(runs: list, config: BenchConfig, device) -> dict:
+def measure_speed(runs: list, config: BenchConfig, device, signals: list) -> dict:
     """{variant: {task: [tokens per second, ratio to the first variant's]}}, timed in turns."""
     _, _, meta = load_data(config)
     first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
@@ -354,26 +345,30 @@ def measure_speed(runs: list, config: BenchConfig, device) -> dict:
         tasks = speed_tasks(run, config, meta["vocab_size"], device)
         found[variant] = {}
         for name, (function, tokens) in tasks.items():
-            seconds = []
-            for timed in [first[name][0], function] * (config.rounds + 1):
-                start = time.perf_counter()
-                timed()
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)
-                seconds.append(time.perf_counter() - start)
-            firsts, own = np.reshape(seconds, (-1, 2))[1:].T  # the first round warms up
-            rate = tokens / np.median(own)
-            ratio = np.median(firsts / own)
+            rounds = [(seconds(first[name][0], device), seconds(function, device))
+                      for _ in range(config.rounds + 1)]
+            firsts, own = np.transpose(rounds[1:])  # the first round warms up
+            rate, ratio = tokens / np.median(own), np.median(firsts / own)
             found[variant][name] = [round(rate, 1), round(ratio, 3)]
-        del tasks, function, timed  # a cache may be most of the memory
-    return dict(speed=found)
+        del tasks, function  # a cache may be most of the memory
+        if signals:
+            sys.exit(128 + signals[0])
+    return found
+
+
+def seconds(function, device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
 
 
 # -------------------------------------------------------------------------------------------------
 # Tables of runs: {variant: [a record for each seed]}, the first variant first.
 
-# Student's t, two-sided 95%, for 2, 3, ... seeds: few seeds make a wide interval.
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
+# Student's t, two-sided 95%, by the number of seeds: few seeds make a wide interval.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23}
 
 
 def with_numbers(record: dict, start_token: bool) -> dict:
@@ -403,9 +398,8 @@ def pair_up(runs: list, first: list) -> list[tuple]:
 
 def interval(values: list[float]) -> float:
     """Half the 95% interval of the mean of at least two values."""
-    n = len(values)
-    t = T95[min(n - 2, len(T95) - 1)]
-    return t * np.std(values, ddof=1) / math.sqrt(n)
+    t = T95.get(len(values), 2.20)  # a little too wide for more than 12
+    return t * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
 def mean_and_gap(runs: list, pairs: list, number: str, digits: int) -> str:
@@ -433,26 +427,29 @@ def print_table(title: str, rows: dict, last: dict):
     """rows: {variant: {header: cell}}; last: {label: {header: cell}}. Columns that do not fit on
     the terminal go into a further table. A variant's flags, too long for a column, stand below."""
     labels = [f"{i} {variant.split()[0]}" for i, variant in enumerate(rows, start=1)]
-    width = max(map(len, ("variant", *labels, *last)))
-    first = [cell.ljust(width) for cell in ("variant", "-" * width, *labels, *last)]
-    tables = [first]  # lists of lines
     cells = [*rows.values(), *last.values()]
-    room = max(40, shutil.get_terminal_size((100, 24)).columns)
+    first = column("variant", [*labels, *last], str.ljust)
+    tables, room = [], 0  # lists of columns; what is left of the terminal's width
     for header in cells[0]:
-        width = max(len(header), *(len(row[header]) for row in cells))
-        fits = len(tables[-1][0]) + width + 7 <= room
-        if not fits and tables[-1] is not first:
-            tables.append(first)
-        column = [header, "-" * width, *(row[header] for row in cells)]
-        tables[-1] = [f"{line} | {cell:>{width}}" for line, cell in zip(tables[-1], column)]
+        new = column(header, [row[header] for row in cells], str.rjust)
+        if len(new[0]) + 3 > room:
+            tables.append([first])
+            room = shutil.get_terminal_size((100, 24)).columns - len(first[0]) - 4
+        tables[-1].append(new)
+        room -= len(new[0]) + 3
     print(f"\n{title}")
-    for lines in tables:
+    for columns in tables:
         print()
-        for line in lines:
-            print(f"| {line} |")
+        for line in zip(*columns):
+            print(f"| {' | '.join(line)} |")
     for label, variant in zip(labels, rows):
         if len(variant.split()) > 1:
             print(f"{label}: {variant}")
+
+
+def column(header: str, cells: list[str], adjust) -> list[str]:
+    width = max(map(len, (header, *cells)))
+    return [adjust(cell, width) for cell in (header, "-" * width, *cells)]
 
 
 def print_results(table: dict, start_token: bool):
@@ -526,19 +523,19 @@ def draw(table: dict, name: str, folder: Path):
         return
     folder.mkdir(parents=True, exist_ok=True)
     pyplot.rc("figure.constrained_layout", use=True)
-    for draw_one in (draw_cache, draw_loss, draw_attention, draw_heat):
+    pyplot.rc("axes", prop_cycle=pyplot.cycler(color=COLOURS))
+    for what, draw_one in (("cache", draw_cache), ("loss", draw_loss),
+                           ("attention", draw_attention), ("heat", draw_heat)):
         draw_one(table)
-        what = draw_one.__name__.removeprefix("draw_")
         pyplot.savefig(folder / f"{name}-{what}.png", dpi=110)
         pyplot.close()
     print(f"\nfigures: {name}-cache.png, -loss.png, -attention.png and -heat.png in {folder}")
 
 
-def draw_band(ax, x, curves, colour, label):
+def draw_band(ax, x, curves, label):
     """The mean of the seeds' curves, and around it the range of all of them."""
-    ax.plot(x, np.mean(curves, axis=0), color=colour, label=label)
-    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.15,
-                    linewidth=0)
+    ax.plot(x, np.mean(curves, axis=0), label=label)
+    ax.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), alpha=0.15, linewidth=0)
 
 
 def draw_cache(table):
@@ -551,8 +548,8 @@ def draw_cache(table):
         taken.append(x)
         differences = [r["validation"] - f["validation"] for r, f in pair_up(runs, first)]
         error = interval(differences) if len(differences) > 1 else None
-        ax.errorbar(beside, np.mean(differences), error, fmt="os"[i // 5 % 2], capsize=4,
-                    color=COLOURS[i % 5], label=variant)
+        ax.errorbar(beside, np.mean(differences), error, fmt="o" if i < len(COLOURS) else "s",
+                    capsize=4, label=variant)
     ax.set_xlim(0, None)
     ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
            ylabel=f"validation loss minus {name}'s,\nnats per token (lower is better)")
@@ -566,8 +563,7 @@ def draw_loss(table):
     for i, (variant, runs) in enumerate(others):
         curves = [r["smooth"] - f["smooth"] for r, f in pair_up(runs, first)]
         if curves:
-            million_tokens = runs[0]["tokens"] / 1e6
-            draw_band(axes[0, i // 5], million_tokens, curves, COLOURS[i % 5], variant)
+            draw_band(axes[0, i // 5], runs[0]["tokens"] / 1e6, curves, variant)
     for ax in axes[0]:
         ax.axhline(0, color="black", linewidth=0.8, label=name)
         ax.set(xlabel="million tokens")
@@ -580,9 +576,9 @@ def draw_attention(table):
     one = next(iter(table.values()))[0]
     baseline = even(one["flags"]["block_size"], one["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
-        for colour, (variant, runs) in zip(COLOURS, table.items()):  # at most five
+        for variant, runs in list(table.items())[:5]:  # more in one panel can't be told apart
             layers = [r["attention"][measure] for r in runs]
-            draw_band(ax, np.arange(len(layers[0])) + 1, layers, colour, variant)
+            draw_band(ax, np.arange(len(layers[0])) + 1, layers, variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
     axes[0, 0].legend()
@@ -608,73 +604,78 @@ def draw_heat(table):
 
 
 def measure_all(config: BenchConfig) -> list[dict]:
-    """The records of all that config asks for. What is in results.jsonl is not measured again,
-    whatever experiment it belongs to: the newest record by today's code counts, or, without
-    --fresh, the newest by other code."""
+    """Measures what config asks for; returns its records."""
     runs = list_runs(config)
-    device, code = pick_device(config.device), fingerprint()
+    first_seed = runs[:len(config.variants)]  # each variant once
+    device = pick_device(config.device)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    about = dict(date=time.strftime("%Y-%m-%d"), torch=torch.__version__, machine=machine,
-                 code=code)
-    path = Path(config.out_dir, "results.jsonl")
-    records, used, reused = read_records(path), [], []
+    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
+    about = dict(device=device.type, dtype=dtype, date=time.strftime("%Y-%m-%d"),
+                 torch=torch.__version__, machine=machine, code=fingerprint())
+    signals = catch_signals()
+    records = []
     if "cache" in config.parts:
-        print_caches(runs[:len(config.variants)], config.contexts)
-    for variant, same, measure_rest in jobs(config, runs, device, about):
+        print_caches(first_seed, config.contexts)
+    if "loss" in config.parts:
+        records += measure_runs(config, runs, about, signals)
+    if "speed" in config.parts:
+        variant, run = first_seed[0]
+        settings = dict(name=config.name, kind="speed", variant=variant, flags=recorded_flags(run),
+                        variants=config.variants, contexts=config.contexts, rounds=config.rounds,
+                        decode_batch=config.decode_batch)
+        speed = measure_speed(first_seed, config, device, signals)
+        record = settings | about | dict(speed=speed)
+        write_record(Path(config.out_dir, "results.jsonl"), record)
+        records.append(record)
+    return records
+
+
+def recorded_flags(run: TrainConfig) -> dict:
+    return {name: value for name, value in asdict(run).items() if name not in UNRECORDED}
+
+
+def measure_runs(config: BenchConfig, runs: list, about: dict, signals: list) -> list[dict]:
+    """The records of runs. What is in results.jsonl is not measured again, whatever experiment it
+    belongs to: the newest record by today's code counts, or, without --fresh, by other code."""
+    path, code = Path(config.out_dir, "results.jsonl"), about["code"]
+    records, used, reused = read_records(path), [], []
+    _, _, meta = load_data(config)
+    for i, (variant, run) in enumerate(runs, start=1):
+        same = dict(kind="run", flags=recorded_flags(run), data_sha256=meta["sha256"],
+                    device=about["device"], dtype=about["dtype"])
+        key = hashlib.sha256(json.dumps([same, code]).encode()).hexdigest()
         same = json.loads(json.dumps(same))  # as in the file, where tuples are lists
-        found = [r for r in records if same.items() <= r.items()
-                 and (r["code"] == code or not config.fresh)]
-        found.sort(key=lambda r: r["code"] == code)  # today's code comes last
+        same["questions"] = config.questions  # asked after training, so no part of the key
+        found = [r for r in records if same.items() <= r.items()]
+        todays = [r for r in found if r["code"] == code]
+        if todays or config.fresh:
+            found = todays
         label = dict(name=config.name, variant=variant)
         if found:
             record = found[-1] | label
             reused.append(record)
         else:
-            record = label | same | about | measure_rest()
+            run.out_dir = f"{config.out_dir}/{key[:12]}"
+            title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
+            numbers = measure_run(run, config.questions, title, signals)
+            record = label | same | about | numbers
         if record not in records:  # new, or new under this name
             write_record(path, record)
             records.append(record)
         used.append(record)
+        if signals:
+            sys.exit(128 + signals[0])  # the record is written, the same command goes on
 
     dates = ", ".join(sorted({r["date"] for r in reused}))
     outdated = sum(r["code"] != code for r in reused)
     if reused:
-        print(f"reused {len(reused)} of {len(used)} measurements, of {dates}")
+        print(f"reused {len(reused)} of {len(used)} runs, of {dates}")
     if outdated:
         print(f"WARNING: {outdated} of them were made by other code than today's model.py and "
               "train.py; --fresh measures them anew")
     return used
-
-
-def jobs(config: BenchConfig, runs: list, device: torch.device, about: dict):
-    """Yields what there is to measure, one at a time: (variant, the part of the record that tells
-    it from others, a function that returns the rest of the record)."""
-    def flags(run):
-        return {name: value for name, value in asdict(run).items() if name not in UNRECORDED}
-
-    dtype = str(pick_dtype(config, device)).removeprefix("torch.")
-    where = dict(device=device.type, dtype=dtype)
-    if "speed" in config.parts:  # measured before signals are caught: Ctrl-C ends it
-        variant, run = runs[0]
-        same = dict(kind="speed", flags=flags(run), machine=about["machine"],
-                    variants=config.variants, contexts=config.contexts, rounds=config.rounds,
-                    decode_batch=config.decode_batch, **where)
-        first_seed = runs[:len(config.variants)]
-        yield variant, same, lambda: measure_speed(first_seed, config, device)
-    if "loss" in config.parts:
-        _, _, meta = load_data(config)
-        signals = catch_signals()
-        for i, (variant, run) in enumerate(runs, start=1):
-            same = dict(kind="run", flags=flags(run), data_sha256=meta["sha256"],
-                        questions=config.questions, **where)
-            key = json.dumps([same["flags"], meta["sha256"], about["code"]]).encode()
-            run.out_dir = f"{config.out_dir}/{hashlib.sha256(key).hexdigest()[:12]}"
-            title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
-            yield variant, same, lambda: measure_run(run, config.questions, title, signals)
-            if signals:
-                sys.exit(128 + signals[0])  # the record is written, the same command goes on
 
 
 def show(records: list[dict], config: BenchConfig):
@@ -687,8 +688,8 @@ def show(records: list[dict], config: BenchConfig):
             shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
             shared |= {k: r[k] for k in ("data_sha256", "device", "dtype", "questions")}
             table = tables.setdefault(json.dumps(shared), {v: {} for v in config.variants})
-            seeds = table[r["variant"]]
-            seeds[r["flags"]["seed"]] = with_numbers(r, config.start_token)  # of two, the newer
+            run = with_numbers(r, config.start_token)
+            table[r["variant"]][run["seed"]] = run  # of two, the newer
     for i, table in enumerate(tables.values(), start=1):
         missing = [variant for variant, seeds in table.items() if not seeds]
         if missing:
@@ -702,8 +703,8 @@ def show(records: list[dict], config: BenchConfig):
         name = config.name if len(tables) == 1 else f"{config.name}-{i}"
         draw(table, name, Path(config.out_dir))
     speeds = [r for r in records if r["kind"] == "speed"]
-    for r in speeds[-1:]:
-        print_speed(r)
+    if speeds:
+        print_speed(speeds[-1])
 
 
 def show_file(config: BenchConfig, given: set):

@@ -1071,13 +1071,14 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     assert max(map(len, printed.splitlines())) <= 100
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
-    assert "reused 7 of 7 measurements, of 20" in small_bench(*asked)
-    assert "reused" in small_bench(*asked, "--name", "again", "--parts", "loss")
+    asked += ("--parts", "loss")
+    assert "reused 6 of 6 runs, of 20" in small_bench(*asked)
+    assert "reused" in small_bench(*asked, "--name", "again")
     written = Path("b/results.jsonl").read_bytes()
     small_bench(*asked)  # its first name again: there is nothing to add
     assert Path("b/results.jsonl").read_bytes() == written
     with pytest.raises(TypeError):  # another flag is another run
-        small_bench(*asked, "--weight_decay", "0.2", "--parts", "loss")
+        small_bench(*asked, "--weight_decay", "0.2")
     with Path("b/results.jsonl").open("a") as f:
         f.write('{"name": "main", "ki')  # killed in a write
     shutil.rmtree("data")
@@ -1110,7 +1111,8 @@ def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, mon
     assert len(bench_records()) == 1
     small_bench(*asked, "--fresh")
     assert len(bench_records()) == 2
-    assert len([p for p in Path("b").iterdir() if p.is_dir()]) == 2  # trained once more
+    small_bench(*asked, "--dtype", "bfloat16")  # as what was trained in float32 is not
+    assert len([p for p in Path("b").iterdir() if p.is_dir()]) == 3  # each was trained
     both = small_bench("--variants", "gqa", "vanilla", "--seeds", "1", "--parts", "loss")
     assert "2 vanilla" in both and "WARNING" not in both
     monkeypatch.setattr(bench, "fingerprint", lambda: "edited again")
@@ -1144,6 +1146,8 @@ def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench, mo
     caught.append(signal.SIGTERM)  # in the first run's training
     with pytest.raises(SystemExit):
         small_bench(*asked)
+    with pytest.raises(SystemExit):
+        small_bench(*asked[:-1], "speed")
     assert not Path("b/results.jsonl").exists()
     caught.clear()
     with monkeypatch.context() as context, pytest.raises(SystemExit):  # in the task, of the last run
