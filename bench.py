@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -267,9 +268,12 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     return right / questions
 
 
-def measure_run(run: TrainConfig, questions: int, title: str, signals: list) -> dict:
+def measure_run(run: TrainConfig, questions: int, title: str) -> dict:
     """Trains a model; what a record says of it."""
+    signals = catch_signals()  # in training, which saves itself
     model, history = train(run, signals, title, verbose=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if signals:
         print(f"stopped in {title}, saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
@@ -336,7 +340,7 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             f"decoding at {context:,}": (decode_16, 16 * n)}
 
 
-def measure_speed(runs: list, config: BenchConfig, device, signals: list) -> dict:
+def measure_speed(runs: list, config: BenchConfig, device) -> dict:
     """{variant: {task: [tokens per second, ratio to the first variant's]}}, timed in turns."""
     _, _, meta = load_data(config)
     first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
@@ -351,8 +355,6 @@ def measure_speed(runs: list, config: BenchConfig, device, signals: list) -> dic
             rate, ratio = tokens / np.median(own), np.median(firsts / own)
             found[variant][name] = [round(rate, 1), round(ratio, 3)]
         del tasks, function  # a cache may be most of the memory
-        if signals:
-            sys.exit(128 + signals[0])
     return found
 
 
@@ -614,18 +616,17 @@ def measure_all(config: BenchConfig) -> list[dict]:
     dtype = str(pick_dtype(config, device)).removeprefix("torch.")
     about = dict(device=device.type, dtype=dtype, date=time.strftime("%Y-%m-%d"),
                  torch=torch.__version__, machine=machine, code=fingerprint())
-    signals = catch_signals()
     records = []
     if "cache" in config.parts:
         print_caches(first_seed, config.contexts)
     if "loss" in config.parts:
-        records += measure_runs(config, runs, about, signals)
+        records += measure_runs(config, runs, about)
     if "speed" in config.parts:
         variant, run = first_seed[0]
         settings = dict(name=config.name, kind="speed", variant=variant, flags=recorded_flags(run),
                         variants=config.variants, contexts=config.contexts, rounds=config.rounds,
                         decode_batch=config.decode_batch)
-        speed = measure_speed(first_seed, config, device, signals)
+        speed = measure_speed(first_seed, config, device)
         record = settings | about | dict(speed=speed)
         write_record(Path(config.out_dir, "results.jsonl"), record)
         records.append(record)
@@ -636,7 +637,7 @@ def recorded_flags(run: TrainConfig) -> dict:
     return {name: value for name, value in asdict(run).items() if name not in UNRECORDED}
 
 
-def measure_runs(config: BenchConfig, runs: list, about: dict, signals: list) -> list[dict]:
+def measure_runs(config: BenchConfig, runs: list, about: dict) -> list[dict]:
     """The records of runs. What is in results.jsonl is not measured again, whatever experiment it
     belongs to: the newest record by today's code counts, or, without --fresh, by other code."""
     path, code = Path(config.out_dir, "results.jsonl"), about["code"]
@@ -659,14 +660,12 @@ def measure_runs(config: BenchConfig, runs: list, about: dict, signals: list) ->
         else:
             run.out_dir = f"{config.out_dir}/{key[:12]}"
             title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
-            numbers = measure_run(run, config.questions, title, signals)
+            numbers = measure_run(run, config.questions, title)
             record = label | same | about | numbers
         if record not in records:  # new, or new under this name
             write_record(path, record)
             records.append(record)
         used.append(record)
-        if signals:
-            sys.exit(128 + signals[0])  # the record is written, the same command goes on
 
     dates = ", ".join(sorted({r["date"] for r in reused}))
     outdated = sum(r["code"] != code for r in reused)
