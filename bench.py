@@ -50,7 +50,8 @@ QUICK = dict(name="quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every
 # a pair of runs differs in nothing but the variant.
 OWN_FLAGS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "block_size"}
 OWN_FLAGS |= {"size", "optimizer", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
-# Flags that a record leaves out: where the files are; and it has the device and dtype by name.
+# Flags that a record leaves out: where the files are, and those of the machine, since it holds the
+# device and dtype that they came to.
 UNRECORDED = {"out_dir", "resume", "overwrite", "device", "dtype", "compile"}
 
 
@@ -256,9 +257,10 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     the answer counts as right. The questions are the same for all."""
     T = model.config.block_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
+    places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
     right = 0
-    for places in np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4)):
-        where = places[:, None] + np.arange(context + n)  # (4, context + n)
+    for four in tqdm(places, desc="task", leave=False, delay=30, mininterval=10):
+        where = four[:, None] + np.arange(context + n)  # (4, context + n)
         where[:, :context] = where[0, :context]  # the first is real, all have its context
         ids = torch.from_numpy(data[where].astype(np.int64)).to(device)
         x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4, n, C)
@@ -327,7 +329,7 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
     token = torch.zeros(n, 1, dtype=torch.long, device=device)
     cache = KVCache(model.config, n, context + 16, device, dtype)
     for store in (*cache.k.values(), *cache.v.values()):
-        store.normal_()
+        store.normal_()  # memory that was never written may read faster, or hold NaN
 
     @torch.no_grad()
     def decode_16():
@@ -345,20 +347,22 @@ def measure_speed(runs: list, config: BenchConfig, device) -> dict:
     _, _, meta = load_data(config)
     first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
     found = {}
-    for variant, run in tqdm(runs, desc="speed", disable=None):
+    for variant, run in tqdm(runs, desc="speed"):
         tasks = speed_tasks(run, config, meta["vocab_size"], device)
         found[variant] = {}
         for name, (function, tokens) in tasks.items():
-            rounds = [(seconds(first[name][0], device), seconds(function, device))
+            rounds = [(timed(first[name][0], device), timed(function, device))
                       for _ in range(config.rounds + 1)]
             firsts, own = np.transpose(rounds[1:])  # the first round warms up
-            rate, ratio = tokens / np.median(own), np.median(firsts / own)
+            rate = tokens / np.median(own)
+            ratio = np.median(firsts / own)
             found[variant][name] = [round(rate, 1), round(ratio, 3)]
         del tasks, function  # a cache may be most of the memory
     return found
 
 
-def seconds(function, device) -> float:
+def timed(function, device) -> float:
+    """The seconds that function() takes, the device's work included."""
     start = time.perf_counter()
     function()
     if device.type != "cpu":
@@ -387,7 +391,7 @@ def with_numbers(record: dict, start_token: bool) -> dict:
     return record | deeper | dict(seed=flags["seed"],
                                   validation=record["val_curve"][-1][1],
                                   training=smooth[-1],
-                                  right=100 * record["task"],
+                                  accuracy=100 * record["task"],
                                   smooth=smooth,
                                   tokens=step_tokens * np.arange(n, len(curve) + 1),  # so far
                                   attention=attention)
@@ -425,12 +429,12 @@ def tokens_saved(record: dict, other: dict) -> float:
     return 1 - np.interp(goal, -best, steps, right=math.nan) / steps[-1]
 
 
-def print_table(title: str, rows: dict, last: dict):
-    """rows: {variant: {header: cell}}; last: {label: {header: cell}}. Columns that do not fit on
+def print_table(title: str, rows: dict, bottom: dict):
+    """rows: {variant: {header: cell}}; bottom: {label: {header: cell}}. Columns that do not fit on
     the terminal go into a further table. A variant's flags, too long for a column, stand below."""
     labels = [f"{i} {variant.split()[0]}" for i, variant in enumerate(rows, start=1)]
-    cells = [*rows.values(), *last.values()]
-    first = column("variant", [*labels, *last], str.ljust)
+    cells = [*rows.values(), *bottom.values()]
+    first = column("variant", [*labels, *bottom], str.ljust)
     tables, room = [], 0  # lists of columns; what is left of the terminal's width
     for header in cells[0]:
         new = column(header, [row[header] for row in cells], str.rjust)
@@ -461,20 +465,20 @@ def print_results(table: dict, start_token: bool):
     for variant, runs in table.items():
         pairs = [] if runs is first else pair_up(runs, first)
         saved = [tokens_saved(r, f) for r, f in pairs if len(r["val_curve"]) > 1]
-        fewer = f"{np.mean(saved):.0%}" if saved else ""
+        fewer = f"{np.mean(saved):.0%}" if saved else ""  # nan% where a seed never reaches it
         params, cache_bytes = runs[0]["params"], runs[0]["cache_bytes"]
         losses[variant] = {"seeds": f"{len(runs)}",
                            "validation loss": mean_and_gap(runs, pairs, "validation", 4),
                            "training loss": mean_and_gap(runs, pairs, "training", 4),
                            "fewer tokens": fewer.replace("nan%", "not reached"),
-                           "task": mean_and_gap(runs, pairs, "right", 1),
+                           "task": mean_and_gap(runs, pairs, "accuracy", 1),
                            "parameters": f"{params:,}",
                            "KV cache": f"{cache_bytes:,.0f}",
                            "share": f"{cache_bytes / one['cache_bytes']:.0%}"}
         attention[variant] = {measure: mean_and_gap(runs, pairs, measure, digits)
                               for measure, (_, digits) in MEASURES.items()}
     baseline = even(one["flags"]["block_size"], one["value_width"])
-    last = {measure: f"{baseline[measure]:.{digits}f}" if measure in baseline else ""
+    even_row = {measure: f"{baseline[measure]:.{digits}f}" if measure in baseline else ""
             for measure, (_, digits) in MEASURES.items()}
 
     minus = f"mean, minus {name.split()[0]}'s ± its 95% interval"
@@ -482,7 +486,7 @@ def print_results(table: dict, start_token: bool):
                 "right of four, chance 25; KV cache in bytes per token, float32", losses, {})
     start = ", end-of-text first" if start_token else ""
     print_table(f"Attention in the deeper half of the layers{start}; {minus}", attention,
-                {"even / random": last})
+                {"even / random": even_row})
     print()
     for measure, (meaning, _) in MEASURES.items():
         print(f"{measure}: {meaning}")

@@ -988,7 +988,7 @@ def test_what_is_compared_is_the_end_of_training_and_the_deeper_half_of_the_laye
                   train_curve=[9.0] * 38 + [3.0, 2.0], val_curve=[[20, 5.0], [40, 4.0]],
                   attention=layers, attention_start=layers | dict(rank=[0, 0, 1, 2]))
     got = bench.with_numbers(record, start_token=False)
-    assert (got["seed"], got["validation"], got["right"], got["rank"]) == (7, 4.0, 25, 4)
+    assert (got["seed"], got["validation"], got["accuracy"], got["rank"]) == (7, 4.0, 25, 4)
     assert got["training"] == 2.5 and len(got["smooth"]) == 39  # of two steps each, of 40
     assert got["tokens"][0] == 2 * 24 and got["tokens"][-1] == 40 * 24
     assert bench.with_numbers(record, start_token=True)["rank"] == 1.5
