@@ -16,7 +16,9 @@ import ast
 import hashlib
 import json
 import math
+import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -35,9 +37,10 @@ from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (WORLD, TrainConfig, catch_signals, check, compiled, load_data, make_model,
                    make_optimizers, model_config, pick_device, pick_dtype, train, windows)
 
+os.environ["MPLBACKEND"] = "agg"  # figures are files, no windows
 try:
     from matplotlib import pyplot
-except (ImportError, ValueError):  # it isn't there, or MPLBACKEND names a wrong backend
+except ImportError:
     pyplot = None
 
 SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
@@ -88,6 +91,8 @@ def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
             raise UserError(f"--{name} has a value twice")
     if min(*config.contexts, config.decode_batch, config.rounds, config.questions) < 1:
         raise UserError("--contexts, --decode_batch, --rounds and --questions must be at least 1")
+    if config.name != Path(config.name).name or not config.name.strip():
+        raise UserError(f"--name {config.name!r} can't be a part of a file's name")
     runs = []
     for seed in config.seeds:
         for variant in config.variants:
@@ -96,6 +101,8 @@ def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
                 if not given <= OWN_FLAGS:
                     raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give "
                                     "it outside the quotes")
+                if own.attention != variant.split()[0]:
+                    raise UserError("the name of the variant comes first, and once")
                 flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
                 for name, user in USED_BY.items():
                     if user not in own.attention.split("+"):
@@ -258,15 +265,17 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
     T = model.config.block_size
     context, n = max(1, T // 4), max(1, T // 8)  # tokens
     places = np.random.default_rng(0).integers(0, len(data) - context - n, (questions, 4))
+    batches = np.array_split(places, math.ceil(questions / 8))
     right = 0
-    for four in tqdm(places, desc="task", leave=False, delay=30, mininterval=10):
-        where = four[:, None] + np.arange(context + n)  # (4, context + n)
-        where[:, :context] = where[0, :context]  # the first is real, all have its context
-        ids = torch.from_numpy(data[where].astype(np.int64)).to(device)
-        x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4, n, C)
-        logits = model.lm_head(x).float().transpose(1, 2)  # (4, V, n)
-        losses = F.cross_entropy(logits, ids[:, context:], reduction="none")  # (4, n)
-        right += losses.sum(dim=1).argmin().item() == 0
+    for batch in tqdm(batches, desc="task", leave=False, delay=30, mininterval=10):  # (B, 4)
+        where = batch[:, :, None] + np.arange(context + n)  # (B, 4, context + n)
+        where[:, :, :context] = where[:, :1, :context]  # the first is real, all have its context
+        ids = torch.from_numpy(data[where].astype(np.int64)).to(device).flatten(0, 1)
+        x = model.hidden_states(ids[:, :-1])[:, context - 1:]  # (4 B, n, C)
+        logits = model.lm_head(x).float().flatten(0, 1)  # (4 B n, V)
+        losses = F.cross_entropy(logits, ids[:, context:].flatten(), reduction="none")
+        likeliest = losses.view(-1, 4, n).sum(dim=2).argmin(dim=1)  # (B,)
+        right += (likeliest == 0).sum().item()
     return right / questions
 
 
@@ -429,12 +438,17 @@ def tokens_saved(record: dict, other: dict) -> float:
     return 1 - np.interp(goal, -best, steps, right=math.nan) / steps[-1]
 
 
+def labels(variants) -> list[str]:
+    """Short and different, however alike the variants are: "1 vanilla", "2 resformer"."""
+    return [f"{i} {variant.split()[0]}" for i, variant in enumerate(variants, start=1)]
+
+
 def print_table(title: str, rows: dict, bottom: dict):
     """rows: {variant: {header: cell}}; bottom: {label: {header: cell}}. Columns that do not fit on
     the terminal go into a further table. A variant's flags, too long for a column, stand below."""
-    labels = [f"{i} {variant.split()[0]}" for i, variant in enumerate(rows, start=1)]
+    names = labels(rows)
     cells = [*rows.values(), *bottom.values()]
-    first = column("variant", [*labels, *bottom], str.ljust)
+    first = column("variant", [*names, *bottom], str.ljust)
     tables, room = [], 0  # lists of columns; what is left of the terminal's width
     for header in cells[0]:
         new = column(header, [row[header] for row in cells], str.rjust)
@@ -448,9 +462,9 @@ def print_table(title: str, rows: dict, bottom: dict):
         print()
         for line in zip(*columns):
             print(f"| {' | '.join(line)} |")
-    for label, variant in zip(labels, rows):
+    for name, variant in zip(names, rows):
         if len(variant.split()) > 1:
-            print(f"{label}: {variant}")
+            print(f"{name}: {variant}")
 
 
 def column(header: str, cells: list[str], adjust) -> list[str]:
@@ -465,21 +479,25 @@ def print_results(table: dict, start_token: bool):
     for variant, runs in table.items():
         pairs = [] if runs is first else pair_up(runs, first)
         saved = [tokens_saved(r, f) for r, f in pairs if len(r["val_curve"]) > 1]
-        fewer = f"{np.mean(saved):.0%}" if saved else ""  # nan% where a seed never reaches it
+        reached = sum(np.isfinite(saved))
+        fewer = f"{np.mean(saved):.0%}" if saved else ""
+        if reached < len(saved):
+            fewer = f"reached {reached}/{len(saved)}"
         params, cache_bytes = runs[0]["params"], runs[0]["cache_bytes"]
         losses[variant] = {"seeds": f"{len(runs)}",
                            "validation loss": mean_and_gap(runs, pairs, "validation", 4),
                            "training loss": mean_and_gap(runs, pairs, "training", 4),
-                           "fewer tokens": fewer.replace("nan%", "not reached"),
+                           "fewer tokens": fewer,
                            "task": mean_and_gap(runs, pairs, "accuracy", 1),
                            "parameters": f"{params:,}",
                            "KV cache": f"{cache_bytes:,.0f}",
                            "share": f"{cache_bytes / one['cache_bytes']:.0%}"}
         attention[variant] = {measure: mean_and_gap(runs, pairs, measure, digits)
                               for measure, (_, digits) in MEASURES.items()}
-    baseline = even(one["flags"]["block_size"], one["value_width"])
+    T, width = one["flags"]["block_size"], one["value_width"]
+    baseline = even(T, width)
     even_row = {measure: f"{baseline[measure]:.{digits}f}" if measure in baseline else ""
-            for measure, (_, digits) in MEASURES.items()}
+                for measure, (_, digits) in MEASURES.items()}
 
     minus = f"mean, minus {name.split()[0]}'s ± its 95% interval"
     print_table(f"After {one['tokens'][-1]:,} tokens; {minus}.\nLoss in nats per token; task: % "
@@ -490,6 +508,9 @@ def print_results(table: dict, start_token: bool):
     print()
     for measure, (meaning, _) in MEASURES.items():
         print(f"{measure}: {meaning}")
+    widths = {runs[0]["value_width"] for runs in table.values()}
+    for other in sorted(widths - {width}):  # gqa's
+        print(f"rank of random values, {other} wide, not {width}: {even(T, other)['rank']:.1f}")
 
 
 def print_speed(record: dict):
@@ -530,12 +551,15 @@ def draw(table: dict, name: str, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     pyplot.rc("figure.constrained_layout", use=True)
     pyplot.rc("axes", prop_cycle=pyplot.cycler(color=COLOURS))
+    table = dict(zip(labels(table), table.values()))
     for what, draw_one in (("cache", draw_cache), ("loss", draw_loss),
                            ("attention", draw_attention), ("heat", draw_heat)):
         draw_one(table)
         pyplot.savefig(folder / f"{name}-{what}.png", dpi=110)
         pyplot.close()
     print(f"\nfigures: {name}-cache.png, -loss.png, -attention.png and -heat.png in {folder}")
+    if len(table) > 5:
+        print("Attention is drawn for the first five variants, heat for two: see --variants.")
 
 
 def draw_band(ax, x, curves, label):
@@ -547,7 +571,7 @@ def draw_band(ax, x, curves, label):
 def draw_cache(table):
     figure, ax = pyplot.subplots(figsize=(9, 4.5))
     name, first = next(iter(table.items()))
-    taken = []
+    taken = []  # caches that are drawn
     for i, (variant, runs) in enumerate(table.items()):
         x = runs[0]["cache_bytes"]
         beside = x * (1 + 0.02 * taken.count(x))  # so that equal caches don't hide each other
@@ -556,9 +580,9 @@ def draw_cache(table):
         error = interval(differences) if len(differences) > 1 else None
         ax.errorbar(beside, np.mean(differences), error, fmt="o" if i < len(COLOURS) else "s",
                     capsize=4, label=variant)
-    ax.set_xlim(0, None)
-    ax.set(xlabel="KV cache, bytes per token in float32 (lower is better)",
-           ylabel=f"validation loss minus {name}'s,\nnats per token (lower is better)")
+    ax.set_xlim(0, 1.05 * ax.get_xlim()[1])
+    ax.set(xlabel="KV cache, bytes per token in float32 (lower is better; equal ones side by side)",
+           ylabel=f"validation loss minus {name.split()[1]}'s,\nnats per token (lower is better)")
     figure.legend(loc="outside right upper")
 
 
@@ -574,11 +598,12 @@ def draw_loss(table):
         ax.axhline(0, color="black", linewidth=0.8, label=name)
         ax.set(xlabel="million tokens")
         ax.legend()
-    axes[0, 0].set(ylabel=f"training loss minus {name}'s,\nnats per token (lower is better)")
+    axes[0, 0].set(ylabel=f"training loss minus {name.split()[1]}'s,\n"
+                          "nats per token (lower is better)")
 
 
 def draw_attention(table):
-    _, axes = pyplot.subplots(2, 2, figsize=(9, 7))
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 7))
     one = next(iter(table.values()))[0]
     baseline = even(one["flags"]["block_size"], one["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "rank")):
@@ -587,7 +612,8 @@ def draw_attention(table):
             draw_band(ax, np.arange(len(layers[0])) + 1, layers, variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
-    axes[0, 0].legend()
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6)
 
 
 def draw_heat(table):
@@ -681,29 +707,50 @@ def measure_runs(config: BenchConfig, runs: list, about: dict) -> list[dict]:
     return used
 
 
+def settings(record: dict) -> dict:
+    """All that makes a run another one."""
+    keys = ("data_sha256", "device", "dtype", "questions")
+    return record["flags"] | {key: record[key] for key in keys}
+
+
+def comparable(run: dict, other: dict) -> bool:
+    """Are two runs a pair, which differs in nothing but what the variants set for themselves?"""
+    own = {"attention", "seed", *USED_BY}
+    own |= set(re.findall(r"--(\w+)", f"{run['variant']} {other['variant']}"))
+    mine, others = settings(run), settings(other)
+    return all(mine[key] == others[key] for key in mine if key not in own)
+
+
 def show(records: list[dict], config: BenchConfig):
     """Prints and draws the runs of config.variants, against the first of them, and the newest
-    speeds. Runs that differ in what all variants share are never a pair: they get tables of their
-    own."""
-    tables = {}
-    for r in records:
-        if r["kind"] == "run" and r["variant"] in config.variants:
-            shared = {k: v for k, v in r["flags"].items() if k not in OWN_FLAGS | {"seed"}}
-            shared |= {k: r[k] for k in ("data_sha256", "device", "dtype", "questions")}
-            table = tables.setdefault(json.dumps(shared), {v: {} for v in config.variants})
-            run = with_numbers(r, config.start_token)
-            table[r["variant"]][run["seed"]] = run  # of two, the newer
-    for i, table in enumerate(tables.values(), start=1):
-        missing = [variant for variant, seeds in table.items() if not seeds]
-        if missing:
-            print(f"\nno runs of {', '.join(missing)}")
-        if config.variants[0] in missing:
-            continue  # there is nothing to compare with
-        table = {variant: list(seeds.values()) for variant, seeds in table.items() if seeds}
-        if len({r["code"] for runs in table.values() for r in runs}) > 1:
+    speeds. Each of the settings that the first has been run with has tables of its own."""
+    runs = [with_numbers(r, config.start_token) for r in records if r["kind"] == "run"]
+    firsts = []  # one run of the first variant in each of the settings
+    for run in runs:
+        if run["variant"] == config.variants[0] and not any(comparable(run, f) for f in firsts):
+            firsts.append(run)
+    if runs and not firsts:
+        print(f"\nno runs of {config.variants[0]}")
+    for i, first in enumerate(firsts, start=1):
+        name = config.name
+        if len(firsts) > 1:
+            name = f"{config.name}-{i}"
+            differing = [f"{key} {value}" for key, value in settings(first).items()
+                         if key != "seed" and any(settings(f)[key] != value for f in firsts)]
+            print(f"\n{name}: {', '.join(differing)}")
+        table = {}
+        for variant in config.variants:
+            found = [r for r in runs if r["variant"] == variant and comparable(r, first)]
+            # Of a seed's runs the newest counts; all have the flags of the newest.
+            seeds = {r["seed"]: r for r in found
+                     if r["flags"] | dict(seed=0) == found[-1]["flags"] | dict(seed=0)}
+            if seeds:
+                table[variant] = list(seeds.values())
+            else:
+                print(f"\nno runs of {variant}")
+        if len({r["code"] for seeds in table.values() for r in seeds}) > 1:
             print("\nWARNING: these runs were made by different versions of the code")
         print_results(table, config.start_token)
-        name = config.name if len(tables) == 1 else f"{config.name}-{i}"
         draw(table, name, Path(config.out_dir))
     speeds = [r for r in records if r["kind"] == "speed"]
     if speeds:
@@ -711,21 +758,26 @@ def show(records: list[dict], config: BenchConfig):
 
 
 def show_file(config: BenchConfig, given: set):
-    """--show: all runs and the newest speeds of an experiment, from the file alone."""
+    """--show: all runs and the newest speeds of each experiment, or of one, from the file alone."""
     path = Path(config.show)
     if not path.is_file():
         raise UserError(f"--show {path}: there is no such file")
-    everything = read_records(path)
-    records = [r for r in everything if r["name"] == config.name]
-    if not records:
-        names = ", ".join(dict.fromkeys(r["name"] for r in everything))
-        raise UserError(f"--name {config.name}: {path} has {names}")
-    measured = tuple(dict.fromkeys(r["variant"] for r in records if r["kind"] == "run"))
-    if "variants" not in given:
-        config = replace(config, variants=measured)
-    if not set(config.variants) <= set(measured):
-        raise UserError(f"--variants: {config.name} in {path} has {', '.join(measured)}")
-    show(records, config)
+    experiments = {}
+    for r in read_records(path):
+        experiments.setdefault(r["name"], []).append(r)
+    names = [config.name] if "name" in given else list(experiments)
+    for name in names:
+        if name not in experiments:
+            raise UserError(f"--name {name}: {path} has {', '.join(experiments) or 'no records'}")
+        records = experiments[name]
+        variants = tuple(dict.fromkeys(r["variant"] for r in records if r["kind"] == "run"))
+        if "variants" in given:
+            if not set(config.variants) <= set(variants):
+                raise UserError(f"--variants: {name} in {path} has {', '.join(variants)}")
+            variants = config.variants
+        if len(names) > 1:
+            print(f"\n== {name}")
+        show(records, replace(config, name=name, variants=variants))
 
 
 def main():

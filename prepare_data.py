@@ -57,6 +57,10 @@ def one_line_errors():
         if not any(words in str(error) for words in said):
             raise
         fail(f"out of memory: {error}")
+    except AttributeError as error:
+        if "_cuda_setDevice" not in str(error):  # what torch.cuda.set_device lacks without CUDA
+            raise
+        fail("--device: this torch is built without CUDA")
     except KeyboardInterrupt:
         fail("interrupted; run it again, finished files are kept", status=130)
 

@@ -1087,7 +1087,9 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["bench.py", "--show", "b/results.jsonl", "--out_dir", "c"])
     bench.main()
     shown = capsys.readouterr()
-    assert shown.out in printed and "is cut or broken" in shown.err
+    main, again = shown.out.split("\n== again\n")
+    assert again in printed and main.removeprefix("\n== main\n").startswith(again)
+    assert "is cut or broken" in shown.err
     for more, message in ((["--name", "other"], "--name other: b/results.jsonl has main, again"),
                           (["--variants", "vanila"], "--variants: main in .* has vanilla, resf")):
         with pytest.raises(UserError, match=message), monkeypatch.context() as context:
@@ -1118,6 +1120,26 @@ def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, mon
     monkeypatch.setattr(bench, "fingerprint", lambda: "edited again")
     both = small_bench("--variants", "vanilla", "cla", "--seeds", "1", "--parts", "loss")
     assert "2 cla" in both and "different versions of the code" in both
+
+
+def test_runs_that_are_no_pair_stand_in_tables_of_their_own(small_bench, monkeypatch, capsys):
+    asked = ("--seeds", "1", "--parts", "loss", "--variants", "vanilla")
+    small_bench(*asked, "resformer --lr 0.1")
+    small_bench(*asked, "gqa", "--n_embd", "32", "--lr", "0.01")
+    small_bench(*asked[2:], "--seeds", "2", "--n_embd", "32", "--lr", "0.01")
+    show = ["bench.py", "--show", "b/results.jsonl"]
+    monkeypatch.setattr(sys, "argv", show)
+    bench.main()
+    first, second = capsys.readouterr().out.split("\nmain-2: n_embd 32, lr 0.01\n")
+    assert first.startswith("\nmain-1: n_embd None, lr 0.004\n\nno runs of gqa\n")
+    assert "| 2 resformer |     1 |" in first
+    assert "| 1 vanilla |     2 |" in second and "| 2 gqa     |     1 |" in second
+    # A flag of one variant that is given to all: the newest counts, they are not averaged.
+    for number in ("0.1", "0.2"):
+        small_bench(*asked[2:], "neutreno", "--seeds", number[2:], "--neutreno_lambda", number)
+    monkeypatch.setattr(sys, "argv", show)
+    bench.main()
+    assert "| 3 neutreno  |     1 |" in capsys.readouterr().out
 
 
 def test_the_fingerprint_is_the_codes_without_its_comments(tmp_path, monkeypatch):
@@ -1273,6 +1295,8 @@ bench.py|--variants gqa gqa|--variants has a value twice
 bench.py|--rounds 0|--rounds
 bench.py|--variants;vanilla;resformer --seed 7|--seed is for all variants alike
 bench.py|--n_layer 10 --variants;vanilla;svformer --residual_layers 9|residual_layers is for
+bench.py|--variants;resformer --attention gqa|the name of the variant comes first
+bench.py|--name a/b|--name 'a/b'
 bench.py|--show nowhere|--show nowhere
 bench.py|--attention cla|--attention
 bench.py|--out_dir strange|results.jsonl
@@ -1336,6 +1360,8 @@ def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypat
     (RuntimeError("CUDA out of memory. Tried to\nallocate"), "out of memory: CUDA out of memory."),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: Default"),
     (MemoryError(), "out of memory"), (OSError(), "OSError"), (UserError("a\nb"), "a"),
+    (AttributeError("module 'torch._C' has no attribute '_cuda_setDevice'"), "--device: this"),
+    (AttributeError("module 'torch' has no attribute 'x'"), None),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
     (ZeroDivisionError("a fault"), None)])
 def test_only_mistakes_and_full_machines_become_a_line(error, line, capfd, monkeypatch):
