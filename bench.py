@@ -438,6 +438,15 @@ def tokens_saved(record: dict, other: dict) -> float:
     return 1 - np.interp(goal, -best, steps, right=math.nan) / steps[-1]
 
 
+def fewer_tokens(pairs: list[tuple]) -> str:
+    """The mean share that is saved; or how many of the seeds reach the first variant's loss."""
+    saved = [tokens_saved(r, f) for r, f in pairs if len(r["val_curve"]) > 1]
+    reached = sum(np.isfinite(saved))
+    if reached < len(saved):
+        return f"reached {reached}/{len(saved)}"
+    return f"{np.mean(saved):.0%}" if saved else ""
+
+
 def labels(variants) -> list[str]:
     """Short and different, however alike the variants are: "1 vanilla", "2 resformer"."""
     return [f"{i} {variant.split()[0]}" for i, variant in enumerate(variants, start=1)]
@@ -478,16 +487,11 @@ def print_results(table: dict, start_token: bool):
     losses, attention = {}, {}
     for variant, runs in table.items():
         pairs = [] if runs is first else pair_up(runs, first)
-        saved = [tokens_saved(r, f) for r, f in pairs if len(r["val_curve"]) > 1]
-        reached = sum(np.isfinite(saved))
-        fewer = f"{np.mean(saved):.0%}" if saved else ""
-        if reached < len(saved):
-            fewer = f"reached {reached}/{len(saved)}"
         params, cache_bytes = runs[0]["params"], runs[0]["cache_bytes"]
         losses[variant] = {"seeds": f"{len(runs)}",
                            "validation loss": mean_and_gap(runs, pairs, "validation", 4),
                            "training loss": mean_and_gap(runs, pairs, "training", 4),
-                           "fewer tokens": fewer,
+                           "fewer tokens": fewer_tokens(pairs),
                            "task": mean_and_gap(runs, pairs, "accuracy", 1),
                            "parameters": f"{params:,}",
                            "KV cache": f"{cache_bytes:,.0f}",
@@ -718,7 +722,7 @@ def comparable(run: dict, other: dict) -> bool:
     own = {"attention", "seed", *USED_BY}
     own |= set(re.findall(r"--(\w+)", f"{run['variant']} {other['variant']}"))
     mine, others = settings(run), settings(other)
-    return all(mine[key] == others[key] for key in mine if key not in own)
+    return all(mine[key] == others.get(key) for key in mine if key not in own)
 
 
 def show(records: list[dict], config: BenchConfig):
@@ -736,7 +740,7 @@ def show(records: list[dict], config: BenchConfig):
         if len(firsts) > 1:
             name = f"{config.name}-{i}"
             differing = [f"{key} {value}" for key, value in settings(first).items()
-                         if key != "seed" and any(settings(f)[key] != value for f in firsts)]
+                         if key != "seed" and any(settings(f).get(key) != value for f in firsts)]
             print(f"\n{name}: {', '.join(differing)}")
         table = {}
         for variant in config.variants:

@@ -1016,6 +1016,10 @@ def test_gaps_are_paired_by_seed_with_students_interval():
     assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
     assert saved(3.0, 1.9, 2.6, 2.5) == pytest.approx(1 - (50 + 50 / 1.1) / 200)  # once is enough
     assert math.isnan(saved(3.0, 2.5, 2.2, 2.1))
+    good, bad = [[[50, 3.0], [100, 2.0], [200, 1.0]], [[100, 3.0], [200, 2.5]]]
+    pairs = [(dict(val_curve=curve), other) for curve in (good, good, bad)]
+    assert bench.fewer_tokens(pairs[:2]) == "50%" and bench.fewer_tokens([]) == ""
+    assert bench.fewer_tokens(pairs) == "reached 2/3"
 
 
 @pytest.fixture
