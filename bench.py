@@ -281,7 +281,7 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float
 
 def measure_run(run: TrainConfig, questions: int, title: str) -> dict:
     """Trains a model; what a record says of it."""
-    signals = catch_signals()  # in training, which saves itself
+    signals = catch_signals()  # in training they end in a checkpoint, after it at once
     model, history = train(run, signals, title, verbose=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -657,11 +657,11 @@ def measure_all(config: BenchConfig) -> list[dict]:
         records += measure_runs(config, runs, about)
     if "speed" in config.parts:
         variant, run = first_seed[0]
-        settings = dict(name=config.name, kind="speed", variant=variant, flags=recorded_flags(run),
-                        variants=config.variants, contexts=config.contexts, rounds=config.rounds,
-                        decode_batch=config.decode_batch)
+        asked = dict(name=config.name, kind="speed", variant=variant, flags=recorded_flags(run),
+                     variants=config.variants, contexts=config.contexts, rounds=config.rounds,
+                     decode_batch=config.decode_batch)
         speed = measure_speed(first_seed, config, device)
-        record = settings | about | dict(speed=speed)
+        record = asked | about | dict(speed=speed)
         write_record(Path(config.out_dir, "results.jsonl"), record)
         records.append(record)
     return records
@@ -769,7 +769,9 @@ def show_file(config: BenchConfig, given: set):
     experiments = {}
     for r in read_records(path):
         experiments.setdefault(r["name"], []).append(r)
-    names = [config.name] if "name" in given else list(experiments)
+    names = list(experiments) or [config.name]
+    if "name" in given:
+        names = [config.name]
     for name in names:
         if name not in experiments:
             raise UserError(f"--name {name}: {path} has {', '.join(experiments) or 'no records'}")

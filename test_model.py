@@ -1165,6 +1165,9 @@ def test_a_results_file_survives_a_cut_line(folder):
     path.write_text(json.dumps(record)[:-9])
     bench.write_record(path, record)
     assert bench.read_records(path) == [record]
+    path.write_text("")
+    with pytest.raises(UserError, match="no records"):
+        bench.show_file(bench.BenchConfig(show="r.jsonl"), {"show"})
 
 
 def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench, monkeypatch):
