@@ -4,6 +4,7 @@
     python prepare_data.py shakespeare            tiny Shakespeare, a download of 1.1 MB
     python prepare_data.py fineweb --shards 10    FineWeb in GPT-2's tokens, 0.2 GB a shard
     python prepare_data.py PATH                   a text file, or a folder of them
+    python prepare_data.py backcopy               a task on which attention concentrates
 
 writes data/<name>/train.bin and val.bin, token ids as uint16 and nothing else, and meta.json: the
 tokenizer, its vocabulary, tokens and bytes of text, where the text is from, the ids' SHA-256.
@@ -14,12 +15,13 @@ import argparse
 import codecs
 import hashlib
 import json
+import math
 import os
-import shlex
-import subprocess
+import shutil
 import sys
 import sysconfig
 import urllib.request
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from http.client import HTTPException
@@ -38,8 +40,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def one_line_errors():
-    """Around a script: a mistake, a full machine and Ctrl-C end in one line on stderr."""
+def one_line_errors(interrupted: str = "interrupted"):
+    """Around a script: a mistake and Ctrl-C end in one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what this terminal cannot show becomes a "?"
             stream.reconfigure(errors="replace")
@@ -48,37 +50,20 @@ def one_line_errors():
     except BrokenPipeError:  # the reader of our output, e.g. `head`, has closed the pipe
         os._exit(141)
     except (UserError, OSError) as error:
-        fail(str(error) or type(error).__name__)
-    except MemoryError:
-        fail("out of memory")
-    except RuntimeError as error:
-        # What torch says on CUDA and MPS, on Linux and on Windows when there is no memory left.
-        said = ("out of memory", "can't allocate memory", "not enough memory")
-        if not any(words in str(error) for words in said):
-            raise
-        fail(f"out of memory: {error}")
-    except AttributeError as error:
-        if "_cuda_setDevice" not in str(error):  # what torch.cuda.set_device lacks without CUDA
-            raise
-        fail("--device: this torch is built without CUDA")
+        fail(str(error), status=2)
     except KeyboardInterrupt:
-        fail("interrupted; run it again, finished files are kept", status=130)
+        fail(interrupted, status=130)
 
 
-def fail(message: str, status: int = 2):
-    print(f"{Path(sys.argv[0]).name}: {message.splitlines()[0]}", file=sys.stderr)
+def fail(message: str, status: int):
+    first_line = message.partition("\n")[0]
+    print(f"{Path(sys.argv[0]).name}: {first_line}", file=sys.stderr)
     sys.exit(status)
 
 
-def command(*words) -> str:
-    """The words as a command line that can be pasted into this system's shell."""
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([str(word) for word in words])
-
-
 def flag(default, help: str, **options):
-    """A dataclass field that is also a command-line flag. group=NAME begins a group in --help;
-    other options are argparse's."""
+    """A dataclass field that is also a command-line flag. group=NAME begins a group in --help,
+    at_least=N is its lowest value; other options are argparse's."""
     if default is False:
         options["action"] = "store_true"
     elif default is not None:
@@ -100,6 +85,7 @@ def parse_flags(cls, description: str, argv=None):
     group = parser
     for f in [f for f in fields(cls) if f.metadata]:  # the others are no flags
         options = dict(f.metadata)
+        options.pop("at_least", None)
         if "group" in options:
             group = parser.add_argument_group(options.pop("group"))
         positional = options.get("nargs") == "?"
@@ -108,26 +94,36 @@ def parse_flags(cls, description: str, argv=None):
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
-    return cls(**given), set(given)
+    config = cls(**given)
+    check_values(config)
+    return config, set(given)
+
+
+def check_values(config):
+    """UserError if a field of config has a value that its flag does not take."""
+    for f in fields(config):
+        value, low = getattr(config, f.name), f.metadata.get("at_least")
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is None and f.default is None:
+                continue
+            # A checkpoint holds nothing but these, so that a stranger's can't run code.
+            if type(item) not in (bool, int, float, str):
+                raise UserError(f"--{f.name} must be a plain value, not {item!r}")
+            if item not in f.metadata.get("choices", (item,)):
+                raise UserError(f"--{f.name} must be one of {f.metadata['choices']}, not {item!r}")
+            if low is not None and not low <= item < math.inf:
+                raise UserError(f"--{f.name} must be a finite number of at least {low}, not {item}")
 
 
 @contextmanager
 def replace_file(path: Path):
-    """A binary file to write, beside path; renamed to path once it is whole and on the disk."""
+    """A binary file to write, beside path under a name of its own; renamed to path once whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written, and is as it was: {error}") from None
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # what torch.save makes of a full disk
-            raise
-        raise UserError(f"{path} can't be written, and is as it was: is the disk full?") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -172,19 +168,18 @@ def fetch(url: str, path: Path) -> Path:
     if path.exists():
         return path
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            with tqdm.wrapattr(response, "read", response.length, desc=path.name) as body:
-                chunks = list(iter(lambda: body.read(1 << 20), b""))
-            if response.length:  # bytes that are still to come
+        with urllib.request.urlopen(url, timeout=30) as response, replace_file(path) as f:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(response, "read", size, desc=path.name) as body:
+                shutil.copyfileobj(body, f)
+            if f.tell() < size:
                 raise OSError("the download ended early")
     except (OSError, HTTPException) as error:
         raise UserError(f"{url}: {error!r}; run this again") from None
-    with replace_file(path) as f:
-        f.writelines(chunks)
     return path
 
 
-def read_shards(paths, n_vocab: int):
+def read_shards(paths: list[Path], n_vocab: int):
     """Yields the token ids of each shard of FineWeb, downloaded if need be: 256 int32, of which the
     first are 20240520, 1, and how many ids follow, then the ids as uint16."""
     for path in paths:
@@ -199,58 +194,73 @@ def read_shards(paths, n_vocab: int):
         yield ids
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; "" if it is no such file, holds a zero byte, or may not be read."""
-    try:
-        text = path.read_bytes().decode("utf-8") if path.is_file() else ""
-    except (UnicodeDecodeError, PermissionError):
-        return ""
-    return "" if "\0" in text else text
-
-
 def find_texts(dataset: str, out: Path) -> list[Path]:
-    """The files with the text of a data set, sorted. Hidden ones in a folder are passed over, files
-    without UTF-8 text are left out and counted. UserError if there is too little text."""
-    top, suffix, skip = Path(dataset), "", set()
+    """The files of a data set, sorted. Hidden ones in a folder are passed over."""
+    top, pattern, left_out = Path(dataset), "*", set()
     if dataset == "stdlib":  # this Python's own sources, without tests and packages
-        top, suffix = Path(sysconfig.get_path("stdlib")), ".py"
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        top, pattern = Path(sysconfig.get_path("stdlib")), "*.py"
+        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     elif dataset == "shakespeare":
         top = fetch(SHAKESPEARE_URL, out / "input.txt")
         if hashlib.sha256(top.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
             top.unlink()
             raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
-    found = []
-    # os.walk reports what it can't list, a single file or a folder that may not be entered: such
-    # a path is itself among those found.
-    for parent, folders, files in os.walk(top, onerror=lambda e: found.append(Path(e.filename))):
-        folders[:] = [name for name in folders if name[0] != "." and name not in skip]
-        found += [Path(parent, name) for name in files if name[0] != "." and name.endswith(suffix)]
-    lengths = {p: len(read_text(p)) for p in sorted(found)}
-    if sum(lengths.values()) < 20:
+    if top.is_file():
+        return [top]
+    return [path for path in sorted(top.rglob(pattern)) if path.is_file()
+            and not any(name.startswith(".") or name in left_out
+                        for name in path.relative_to(top).parts)]
+
+
+def read_texts(dataset: str, files: list[Path]) -> tuple[list[str], list[str]]:
+    """The texts to train and to validate on. Files without UTF-8 text are left out and counted.
+    Every tenth text is for validation (the last one, if there are fewer than ten), or the last
+    tenth of the characters of a single one. UserError if there is too little text."""
+    texts = []
+    for path in files:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text and "\0" not in text:
+            texts.append(text)
+    if sum(map(len, texts)) < 20:
         raise UserError(f"{dataset}: no UTF-8 text in it, or too short to train and validate on")
-    texts = [p for p in lengths if lengths[p] > 0]
-    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(found) - len(texts)} left out")
-    return texts
+    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
+    if len(texts) == 1:
+        cut = len(texts[0]) * 9 // 10
+        return [texts[0][:cut]], [texts[0][cut:]]
+    n = min(10, len(texts))
+    val = texts[n - 1::n]
+    del texts[n - 1::n]
+    return texts, val
 
 
-def encode_texts(files: list[Path], part: str, tokenizer):
-    """Yields the token ids of the texts for "train" or "val", with an end-of-text between two.
-    Every tenth file is for validation (the last one, if there are fewer than ten), or the last
-    tenth of the characters of a single file."""
-    if len(files) == 1:
-        text = read_text(files[0])
-        cut = len(text) * 9 // 10
-        texts = [text[:cut] if part == "train" else text[cut:]]
-    else:
-        n = min(10, len(files))
-        chosen = [p for i, p in enumerate(files, start=1) if (i % n == 0) == (part == "val")]
-        texts = map(read_text, chosen)  # one at a time, when it is needed
+def encode(texts: list[str], tokenizer):
+    """Yields the token ids of each text, with an end-of-text between two."""
     for i, text in enumerate(texts):
         if i > 0:
             yield np.array([tokenizer.eot_token])
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        yield from np.array_split(ids, 1 + len(ids) // 10**7)  # smaller pieces need less memory
+        yield tokenizer.encode_to_numpy(text, disallowed_special=())
+
+
+def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, list[int]]:
+    """Bigram-Backcopy, arXiv 2410.13835: (the ids (streams, length), the triggers). Each byte
+    follows the one before as often as it does in the text, but after a trigger, one of the text's
+    three most frequent bytes, comes the byte before the trigger again."""
+    source, counts = np.frombuffer(text, dtype=np.uint8), np.zeros((256, 256))
+    np.add.at(counts, (source, np.roll(source, -1)), 1)  # after the last byte comes the first
+    triggers = np.argsort(counts.sum(axis=1))[-3:]
+    # In row a: how probable it is that at most b follows a.
+    cumulative = counts.cumsum(axis=1) / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    rng = np.random.default_rng(0)
+    ids = np.empty((length, streams), dtype=np.int64)
+    ids[0] = rng.choice(source[~np.isin(source, triggers)], streams)
+    for i in range(1, length):  # all streams at once
+        drawn = (cumulative[ids[i - 1]] <= rng.random((streams, 1))).sum(axis=1)
+        # A trigger never follows a trigger, so that i - 2 is there.
+        ids[i] = np.where(np.isin(ids[i - 1], triggers), ids[i - 2], drawn)
+    return ids.T, triggers.tolist()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -259,52 +269,55 @@ def encode_texts(files: list[Path], part: str, tokenizer):
 
 @dataclass
 class DataConfig:
-    dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb or a path, see above", nargs="?")
+    dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb, backcopy or a path", nargs="?")
     tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); the "
                                  "other one writes data/<name>-gpt2", choices=("byte", "gpt2"))
-    shards: int = flag(1, "fineweb: training shards, 100M tokens each")
+    shards: int = flag(1, "fineweb: training shards, 100M tokens each", at_least=1)
 
 
 def prepare(config: DataConfig) -> Path:
     """Writes a data set and returns its folder. UserError if that can't be done."""
     dataset = config.dataset
-    if dataset == "fineweb" and config.tokenizer == "byte":
-        raise UserError("--tokenizer byte: fineweb comes in GPT-2's tokens")
-    if config.shards < 1:
-        raise UserError(f"--shards must be at least 1, not {config.shards}")
-    named = ("stdlib", "shakespeare", "fineweb")
+    if (dataset, config.tokenizer) in (("fineweb", "byte"), ("backcopy", "gpt2")):
+        raise UserError(f"--tokenizer {config.tokenizer}: {dataset} comes in other tokens")
+    named = ("stdlib", "shakespeare", "fineweb", "backcopy")
     name = source = dataset
     if dataset not in named:
-        if not Path(dataset).exists():
-            raise UserError(f"{dataset} is no file or folder, nor {', '.join(named)}")
         path = Path(dataset).resolve()
+        if not path.exists():
+            raise UserError(f"{dataset} is no file or folder, nor {', '.join(named)}")
         name, source = path.name if path.is_dir() else path.stem, str(path)
-        if name in ("", *named):
+        if name in named:
             raise UserError(f"'{name}' cannot be the name of a data set of yours: rename {dataset}")
     usual = "gpt2" if dataset == "fineweb" else "byte"
     tokenizer = get_tokenizer(config.tokenizer or usual)
     out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
-    if source == str(out.resolve()):
-        raise UserError(f"{dataset} is where its own data would go: move the text elsewhere")
-    if (out / "meta.json").exists() and read_meta(out)["source"] != source:
+    meta = out / "meta.json"
+    if meta.exists() and json.loads(meta.read_bytes())["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
+    more = {}  # what else meta.json says
     if dataset == "fineweb":
         shards = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
         train = read_shards(shards, tokenizer.n_vocab)
         val = read_shards([out / "fineweb_val_000000.bin"], tokenizer.n_vocab)
+    elif dataset == "backcopy":
+        texts, _ = read_texts("stdlib", find_texts("stdlib", out))
+        ids, more["triggers"] = backcopy("".join(texts).encode(), streams=1100, length=4095)
+        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)
+        train, val = ids[:1000], ids[1000:]
     else:
-        files = find_texts(dataset, out)
-        train, val = (encode_texts(files, part, tokenizer) for part in ("train", "val"))
-    write_dataset(out, source, tokenizer, train, val)
+        texts = read_texts(dataset, find_texts(dataset, out))
+        train, val = (encode(part, tokenizer) for part in texts)
+    write_dataset(out, tokenizer, train, val, dict(source=source, **more))
     return out
 
 
-def write_dataset(out: Path, source: str, tokenizer, train, val):
+def write_dataset(out: Path, tokenizer, train, val, more: dict):
     """Writes train.bin and val.bin, each from pieces of token ids, and meta.json."""
     tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
     n_bytes = [*map(len, tokens), 0]  # of each token; end-of-text, the last, has no text
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, **more)
     sha256 = hashlib.sha256()
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
         for part, f, pieces in (("train", train_file, train), ("val", val_file, val)):
@@ -320,17 +333,6 @@ def write_dataset(out: Path, source: str, tokenizer, train, val):
         f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
 
 
-def read_meta(folder: Path) -> dict:
-    path = folder / "meta.json"
-    keys = ("tokenizer", "vocab_size", "source", "train_tokens", "train_bytes", "val_tokens",
-            "val_bytes", "sha256")
-    try:
-        meta = json.loads(path.read_bytes())
-        return {key: meta[key] for key in keys}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: {error!r}; delete it, prepare the data again") from None
-
-
 def load(dataset: str):
     """(train ids, val ids, meta) of a name under data/, or of a folder: two read-only uint16 arrays
     on disk, and what meta.json says. UserError if they aren't there or aren't whole."""
@@ -338,12 +340,8 @@ def load(dataset: str):
     if not folder.is_dir():
         folder = Path(dataset)
     if not (folder / "meta.json").is_file():
-        name = dataset.removesuffix("-gpt2")
-        other = [] if name == dataset else ["--tokenizer", "gpt2"]
-        raise UserError(f"--dataset {dataset} isn't there yet: "
-                        f"{command('python', 'prepare_data.py', name, *other)} prepares it")
-    meta = read_meta(folder)
-    arrays = []
+        raise UserError(f"--dataset {dataset} isn't there yet: prepare_data.py makes it")
+    meta, arrays = json.loads((folder / "meta.json").read_bytes()), []
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]
         if not path.is_file() or path.stat().st_size != 2 * n or n == 0:
@@ -353,9 +351,9 @@ def load(dataset: str):
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors("interrupted; run it again, finished downloads are kept"):
         config, _ = parse_flags(DataConfig, __doc__)
         folder = prepare(config)
-        meta = read_meta(folder)
-        print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} "
-              f"for validation, {meta['tokenizer']} tokenizer")
+        train, val, meta = load(str(folder))
+        print(f"{folder}: {len(train):,} tokens for training, {len(val):,} for validation, "
+              f"{meta['tokenizer']} tokenizer")

@@ -2,11 +2,9 @@
 
     python sample.py --prompt "def " --num_samples 3
     python sample.py --out_dir out/svformer --prompt FILE:story.txt
-    echo "import os" | python sample.py --prompt -
     python sample.py --no_cache               reads all text again for every token, to compare
 """
 
-import io
 import sys
 import time
 from dataclasses import dataclass
@@ -26,57 +24,38 @@ class SampleConfig:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
     dtype: str = flag("float32", "of weights and cache", choices=("float32", "bfloat16"))
     no_cache: bool = flag(False, "work without the KV cache")
-    prompt: str = flag("\n", "what the text starts with; FILE:path reads a file, - standard input",
-                       group="text")
-    num_samples: int = flag(1, "how many texts")
-    max_new_tokens: int = flag(400, "tokens to make for each")
-    temperature: float = flag(0.8, "0 takes the likeliest token; higher is more varied")
-    top_k: int = flag(200, "draw from this many of the likeliest tokens")
-    seed: int = flag(1, "fixes the texts")
-
-
-def read_prompt(prompt: str) -> str:
-    try:
-        if prompt.startswith("FILE:"):
-            return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
-        if prompt == "-":  # UTF-8, whatever the locale says
-            return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
-        return prompt
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt {prompt} is not UTF-8 text") from None
-
-
-def load_model(path: Path, device, dtype) -> tuple:
-    """The model of a checkpoint, and its tokenizer. UserError if it is broken."""
-    ckpt = load_checkpoint(path)
-    try:
-        model = GPT(GPTConfig(**ckpt["model_config"]))
-        model.load_state_dict(ckpt["model"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} doesn't hold the model of its config: {error}") from None
-    return model.to(device, dtype), get_tokenizer(ckpt["tokenizer"])
+    prompt: str = flag("\n", "what the text starts with; FILE:path reads a file", group="text")
+    num_samples: int = flag(1, "how many texts", at_least=1)
+    max_new_tokens: int = flag(400, "tokens to make for each", at_least=1)
+    temperature: float = flag(0.8, "0 takes the likeliest token; higher is more varied", at_least=0)
+    top_k: int = flag(200, "draw from this many of the likeliest tokens", at_least=1)
+    seed: int = flag(1, "fixes the texts", at_least=0)
 
 
 def main():
     config, _ = parse_flags(SampleConfig, __doc__)
-    if config.num_samples < 1:
-        raise UserError(f"--num_samples must be at least 1, not {config.num_samples}")
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
-    model, tokenizer = load_model(Path(config.out_dir, "ckpt.pt"), device, dtype)
-    ids = tokenizer.encode(read_prompt(config.prompt), disallowed_special=())
+    ckpt = load_checkpoint(Path(config.out_dir, "ckpt.pt"))
+    tokenizer = get_tokenizer(ckpt["tokenizer"])
+    model = GPT(GPTConfig(**ckpt["model_config"]))
+    model.load_state_dict(ckpt["model"])
+    model.to(device, dtype)
+    prompt = config.prompt
+    if prompt.startswith("FILE:"):
+        prompt = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8", errors="replace")
+    ids = tokenizer.encode(prompt, disallowed_special=())
     if not ids:
         raise UserError("--prompt has no text")
+    if ckpt["config"].get("start_token"):  # as in training
+        ids = [tokenizer.eot_token, *ids]
     idx = torch.tensor([ids], device=device)  # (1, T)
 
     start = time.perf_counter()
     for i in range(config.num_samples):
-        try:
-            tokens = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k,
-                                    config.seed + i, use_cache=not config.no_cache)
-        except ValueError as error:  # begins with the argument's name
-            raise UserError(f"--{error}") from None
-        print(tokenizer.decode(ids), end="")
+        tokens = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k,
+                                config.seed + i, use_cache=not config.no_cache)
+        print(prompt, end="")
         for text in stream_text(tokenizer, map(int, tokens)):
             print(text, end="", flush=True)
         print("\n" + "-" * 80)

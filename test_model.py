@@ -2,26 +2,19 @@
 in loops over layers and heads; the scripts run on small data elsewhere.
 
     pip install pytest && pytest -q
-    SLOW=1 pytest -q        also what takes a minute: many kills, every variant compiled
 """
 
 import hashlib
-import http.server
 import json
 import math
-import multiprocessing
 import os
 import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -43,8 +36,6 @@ from train import TrainConfig
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # everything here is tiny
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals, limits or locks")
-slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; SLOW=1 runs it")
 
 COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+gqa", "resformer+neutreno",
                 "resformer+denseformer", "resformer+cla", "neutreno+gqa", "svformer+denseformer",
@@ -119,6 +110,8 @@ def reference_sequence(c, P, idx, watch=None):
     """One sequence (T,) -> logits (T, V), from the parameters P by name. watch, if given, becomes
     a list with each layer's (A_n of each head, V_n of each key/value head, hidden states)."""
     names, T, hs = c.attention.split("+"), len(idx), c.n_embd // c.n_head
+    kv_heads = (c.n_kv_head or c.n_head // 2) if "gqa" in names else c.n_head
+    neutreno = c.neutreno_lambda or (0.2 if "resformer" in names else 0.4)
     hidden = P["embed_tokens.weight"][idx]
     outputs, K, V = [hidden], {}, {}
     for n in range(1, c.n_layer + 1):
@@ -139,7 +132,7 @@ def reference_sequence(c, P, idx, watch=None):
                 V[n] = [l1 * first + l2 * own for first, own in zip(V[1], V[n])]
         U, attention = [], []
         for h, q in enumerate(heads("q_proj")):
-            g = h * c.n_kv_head // c.n_head  # the key/value head of query head h
+            g = h * kv_heads // c.n_head  # the key/value head of query head h
             k, v = K[n][g], V[n][g]
             if "crosslayer" in names and n > 1:
                 k, v = torch.cat((K[1][g], k)), torch.cat((V[1][g], v))
@@ -149,7 +142,7 @@ def reference_sequence(c, P, idx, watch=None):
             attention.append(sum(A.split(T, dim=1)))
             u = A @ v
             if "neutreno" in names and n > 1:
-                u = u + c.neutreno_lambda * (V[1][g] - V[n][g])
+                u = u + neutreno * (V[1][g] - V[n][g])
             U.append(u)
         hidden = hidden + torch.cat(U, dim=1) @ W("self_attn.o_proj").T
         x = reference_norm(hidden, W("post_attention_layernorm"))
@@ -208,7 +201,7 @@ def test_the_loss_makes_an_eighth_of_the_logits_and_leaves_out_targets_of_minus_
     rows = [len(x) for x, weight, *_ in calls if weight.shape == model.lm_head.weight.shape]
     assert sum(rows) == n and max(rows) == math.ceil(n / 8)
     assert abs(loss.item() - expected.item()) < 1e-12
-    got, gradients = (torch.autograd.grad(3 * x, list(model.parameters()))
+    got, gradients = (torch.autograd.grad(3 * x, list(model.parameters()), retain_graph=True)
                       for x in (loss, expected))
     torch.testing.assert_close(got, gradients, rtol=0, atol=1e-12)
     with patch.object(torch, "mm", None):  # the product that makes the gradients
@@ -216,6 +209,8 @@ def test_the_loss_makes_an_eighth_of_the_logits_and_leaves_out_targets_of_minus_
             model(idx, targets)
         with torch.no_grad():
             assert model(idx, targets)[1].item() == loss.item()
+    with pytest.raises(ValueError, match="no second derivatives"):
+        torch.autograd.grad(loss, model.norm.weight, create_graph=True)
 
 
 def test_the_softmax_of_the_loss_is_in_float32_under_autocast():
@@ -226,6 +221,16 @@ def test_the_softmax_of_the_loss_is_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = LinearCrossEntropy.apply(x, weight, target, False)
     assert got.dtype == torch.float32 and got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_would_be_another_is_refused():
+    model, idx = tiny_model("resformer"), tokens()
+    with pytest.raises(ValueError, match=r"^targets \(2, 24\) must have the shape of idx, \(2, 23\)"):
+        model(idx[:, :-1], idx)
+    for head in (torch.nn.Linear(32, 37, bias=True), torch.nn.Sequential(model.lm_head)):
+        model.lm_head = head
+        with pytest.raises(ValueError, match="^lm_head must be a Linear without bias"):
+            model(idx, idx)
 
 
 # ---- the KV cache and the parameters ------------------------------------------------------------
@@ -248,15 +253,9 @@ def test_the_papers_82m():
     model = GPT(GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
                           attention="vanilla"))
     assert model.num_params() == 81_928_704
-    # 6 operations a number in a product, without norms and look-ups; attention: 12 T C a layer,
-    # and twice as much in the layers above the first of crosslayer, four of the tiny model's.
-    N = 8 * (4 * 512 * 512 + 3 * 512 * 1792) + 50304 * 512
-    assert model.flops_per_token() == 6 * N + 12 * 8 * 2048 * 512
-    vanilla, crosslayer = (GPT(tiny_config(a)).flops_per_token() for a in ("vanilla", "crosslayer"))
-    assert crosslayer - vanilla == 12 * 4 * 32 * 32
 
 
-def test_variants_of_one_seed_start_alike_from_a_normal_distribution():
+def test_variants_of_one_seed_start_alike_from_normal_distributions():
     models = {}
     for name in ("vanilla", "svformer"):
         torch.manual_seed(3)
@@ -264,9 +263,17 @@ def test_variants_of_one_seed_start_alike_from_a_normal_distribution():
     p = models["vanilla"]
     for name, same in models["svformer"].items():
         assert torch.equal(p[name], same), name
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
-        assert p[f"layers.1.{name}.weight"].std().item() == pytest.approx(0.02, rel=0.02), name
     assert not torch.equal(p["layers.1.mlp.up_proj.weight"], p["layers.2.mlp.up_proj.weight"])
+    for name, std in (("layers.1.self_attn.q_proj", 1 / 16), ("layers.1.mlp.up_proj", 1 / 16),
+                      ("layers.1.self_attn.o_proj", 1 / 16 / math.sqrt(10)), ("lm_head", 1 / 16),
+                      ("layers.1.mlp.down_proj", 1 / math.sqrt(512 * 10)), ("embed_tokens", 1)):
+        assert p[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.03), name
+    torch.manual_seed(3)
+    q = GPT(tiny_config("vanilla", n_embd=256, n_ffn=512, init="paper")).state_dict()
+    for name in q:
+        if q[name].dim() > 1:  # the same numbers, all of one size
+            assert torch.allclose(q[name] / 0.02, p[name] / p[name].std(), rtol=0.05, atol=0.2)
+            assert q[name].std().item() == pytest.approx(0.02, rel=0.03), name
 
 
 def test_learned_weights_and_defaults_start_where_they_should():
@@ -276,41 +283,52 @@ def test_learned_weights_and_defaults_start_where_they_should():
         for pair in GPT(tiny_config(name)).value_lambdas().values():
             assert [x.item() for x in pair] == pytest.approx([1, 0.5])
     assert GPT(tiny_config("denseformer")).depth_weights[2].tolist() == [0, 0, 0, 1]
-    assert tiny_config("neutreno").neutreno_lambda == 0.4
-    assert tiny_config("neutreno+resformer").neutreno_lambda == 0.2
-    assert tiny_config("vanilla", n_ffn=None).n_ffn == 112 and tiny_config("gqa").n_kv_head == 2
+    assert tiny_config("vanilla", n_ffn=None).ffn_size == 112
+    assert replace(tiny_config("gqa", n_ffn=None), n_embd=64).ffn_size == 224
+    assert replace(tiny_config("gqa"), attention="vanilla").kv_heads == 4
+    assert tiny_config("gqa").kv_heads == 2 and tiny_config("gqa", n_head=1).kv_heads == 1
+    with pytest.raises(FrozenInstanceError):  # a config and its model can't disagree
+        tiny_config("gqa").attention = "svformer"
 
 
 @pytest.mark.parametrize("changes, begins", [
-    (dict(n_layer=True), "n_layer must"), (dict(n_embd=None), "n_embd must"),
-    (dict(n_ffn=0), "n_ffn must"),
     (dict(n_embd=36), "n_embd (36) must be n_head (4) x an even"),
     (dict(n_kv_head=3, attention="gqa"), "n_kv_head (3, by default half of n_head) must divide"),
-    (dict(n_kv_head=2, attention="resformer"), "n_kv_head is for gqa, not for resformer"),
-    (dict(attention=None), "attention 'None': choose from"),
-    (dict(attention="cla+cla"), "attention 'cla+cla' has a name twice"),
+    (dict(n_kv_head=2), "n_kv_head is for gqa, not for resformer"),
+    (dict(attention="resnet"), "attention 'resnet': choose from"),
     (dict(attention="vanilla+gqa"), "attention 'vanilla+gqa': vanilla means"),
     (dict(attention="resformer+svformer"), "attention 'resformer+svformer': svformer has no V_n"),
     (dict(attention="svformer+neutreno"), "attention 'svformer+neutreno': svformer has no V_n"),
     (dict(attention="crosslayer+resformer"), "attention 'crosslayer+resformer': crosslayer"),
     (dict(attention="crosslayer+svformer"), "attention 'crosslayer+svformer': crosslayer"),
     (dict(attention="neutreno+crosslayer"), "attention 'neutreno+crosslayer': crosslayer"),
-    (dict(residual_layers=()), "residual_layers must name"),
-    (dict(residual_layers=(1,)), "residual_layers: layer 1 has no values of its own"),
-    (dict(residual_layers=(5, 6)), "residual_layers: there is no layer 6, n_layer is 5"),
-    (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: layer 4 has no"),
-    (dict(value_residual="learned"), "value_residual must"),
-    (dict(value_lambda=(1, math.nan)), "value_lambda must"),
-    (dict(value_residual="plus", value_lambda=(1, 1)), "value_lambda is for fixed"),
+    (dict(residual_layers=(1,)), "residual_layers: there is no layer 1"),
+    (dict(residual_layers=(5, 6)), "residual_layers: there is no layer 6"),
+    (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: there is no layer 4"),
+    (dict(value_residual="learned"), "value_residual must"), (dict(init="xavier"), "init must"),
+    (dict(value_lambda=0.5), "value_lambda must be two numbers"),
+    (dict(value_lambda=(1, 2, 3)), "value_lambda must be two numbers"),
     (dict(attention="vanilla", value_lambda=(2, 1)), "value_lambda is for resformer, not for van"),
     (dict(attention="gqa", value_residual="plus"), "value_residual is for resformer"),
     (dict(attention="svformer", residual_layers=(2,)), "residual_layers is for resformer"),
-    (dict(attention="svformer", neutreno_lambda=3.0), "neutreno_lambda is for neutreno"),
-    (dict(attention="neutreno", neutreno_lambda=math.inf), "neutreno_lambda must")])
+    (dict(attention="svformer", neutreno_lambda=3.0), "neutreno_lambda is for neutreno")])
 def test_a_bad_config_is_refused_by_the_name_of_its_field(changes, begins):
     with pytest.raises(ValueError) as error:
         tiny_config(**({"attention": "resformer"} | changes))
     assert str(error.value).startswith(begins)
+
+
+def test_grouped_heads_are_repeated_for_all_but_a_single_query():
+    """A card without a kernel for grouped heads would hold T x T scores otherwise."""
+    model, idx = tiny_model("gqa"), tokens()
+    cache = KVCache(model.config, 2, 25, dtype=torch.float64)
+    for piece, shape, grouped in ((idx, (2, 4, 24, 8), False), (idx[:, :1], (2, 2, 25, 8), True)):
+        with patch.object(F, "scaled_dot_product_attention",
+                          wraps=F.scaled_dot_product_attention) as attention:
+            model(piece, cache=cache)
+        q, k, v = attention.call_args.args
+        assert k.shape == v.shape == shape
+        assert attention.call_args.kwargs["enable_gqa"] == grouped
 
 
 # ---- generation ---------------------------------------------------------------------------------
@@ -335,17 +353,13 @@ def test_greedy_text_is_the_argmax_in_a_sliding_window(attention):
     assert torch.equal(generate(model, prompt, 50, top_k=1, seed=5), expected)
 
 
-def test_a_seed_fixes_the_text_and_the_cache_that_is_given_is_used():
+def test_a_seed_fixes_the_text():
     model, prompt = tiny_model("svformer"), tokens(B=3, T=4)
     first = generate(model, prompt, 50, seed=7)
     torch.manual_seed(99)  # the generator is its own: the global one has no say
     assert torch.equal(generate(model, prompt, 50, seed=7), first)
     assert torch.equal(generate(model, prompt, 50, seed=7, use_cache=False), first)
     assert not torch.equal(generate(model, prompt, 50, seed=8), first)
-    cache = KVCache(model.config, 3, 14, dtype=torch.float64)
-    model(prompt, cache=cache)  # emptied first
-    assert torch.equal(generate(model, prompt, 10, seed=7, cache=cache), first[:, :10])
-    assert cache.length == 13  # the last token was drawn, not read
     token = next(model.generate(prompt, 1, seed=2**62))[:, None]
     model(token, token)[1].backward()  # drawn tokens can be trained on
 
@@ -369,20 +383,14 @@ def test_draw_follows_the_softmax_of_the_top_k():
     assert everything.min() > 0.2
     ties = draw(torch.zeros(50, 4), 1.0, 2, generator)
     assert len(set(ties.tolist())) == 2  # not more than top_k
-    for temperature in (0, 1e-10, 1e-45, 5e-324):  # any temperature, however small
-        assert draw(logits[:50] * 1e4, temperature).eq(0).all()
+    for temperature in (0, 1e-30):
+        assert draw(logits[:50] * 1e4, temperature, 9).eq(0).all()
 
 
-@pytest.mark.parametrize("bad", [
-    dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0), dict(seed=-1),
-    dict(max_new_tokens=-1), dict(cache=KVCache(tiny_config("svformer"), 2, 5)),
-    dict(cache=KVCache(tiny_config("svformer"), 2, 40), use_cache=False),
-    dict(idx=torch.zeros(1, 0, dtype=torch.long)), dict(idx=tokens()[0]),
-    dict(idx=tokens() + 30), dict(idx=-tokens())])
-def test_generates_bad_arguments_are_named_at_the_call(bad):
-    name = list(bad)[0]
-    with pytest.raises(ValueError, match=f"^{name}"):
-        tiny_model("svformer").generate(**(dict(idx=tokens(), max_new_tokens=9) | bad))
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0)])
+def test_generates_bad_arguments_are_named(bad):
+    with pytest.raises(ValueError, match=f"^{list(bad)[0]}"):
+        next(tiny_model("svformer").generate(tokens(), 9, **bad))
 
 
 def test_an_input_that_does_not_fit_is_refused():
@@ -421,9 +429,8 @@ def write(path, text):
 
 
 def contents(folder):
-    """All files and folders in it, without what a run leaves that never began."""
-    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")
-            if p.name != "lock" and "out" not in p.parts}
+    """All files and folders in it."""
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
 
 
 @pytest.mark.parametrize("text", ["To be,\r\nor not to be?\n" * 3000, "漢" * 1001, "x" * 20])
@@ -443,8 +450,7 @@ def test_a_file_is_split_at_nine_tenths_of_its_characters(folder, text):
 def test_a_folder_is_split_by_documents(folder, capsys):
     texts = {f"src/d{i % 3}/{i:02}.txt": f"document {i} <|endoftext|>" * (i + 1)
              for i in range(25)}
-    left_out = {"src/binary": "\0\1", "src/empty": "", "src/latin1": b"\xe9t\xe9",
-                "src/locked/file": "no"}
+    left_out = {"src/binary": "\0\1", "src/empty": "", "src/latin1": b"\xe9t\xe9"}
     hidden = {"src/.hidden": "no", "src/.git/file": "no"}  # not even counted
     for name, text in (texts | left_out | hidden).items():
         write(name, text)
@@ -453,16 +459,8 @@ def test_a_folder_is_split_by_documents(folder, capsys):
         parts = np.split(ids, np.flatnonzero(ids == 256))
         return [bytes(part[part < 256].astype(np.uint8)).decode() for part in parts]
 
-    scandir = os.scandir
-
-    def not_locked(path):
-        if Path(path).name == "locked":
-            raise PermissionError(13, "may not be entered", str(path))
-        return scandir(path)
-
-    with patch.object(os, "scandir", not_locked):
-        prepare(DataConfig("src"))
-    assert "src: 25 files of UTF-8 text, 4 left out" in capsys.readouterr().out
+    prepare(DataConfig("src"))
+    assert "src: 25 files of UTF-8 text, 3 left out" in capsys.readouterr().out
     train_ids, val_ids, meta = prepare_data.load("src")
     order = [texts[name] for name in sorted(texts)]
     training = order[:9] + order[10:19] + order[20:]
@@ -473,20 +471,47 @@ def test_a_folder_is_split_by_documents(folder, capsys):
     write("two/2.txt", "to validate on")
     prepare(DataConfig("two"))
     assert documents(prepare_data.load("two")[1]) == ["to validate on"]
-    with patch.object(Path, "is_file", side_effect=PermissionError):
-        assert prepare_data.read_text(Path("two/1.txt")) == ""
+
+
+def fake_stdlib(folder, monkeypatch):
+    for name in ("json/e.py", "a.py", "b.txt", "test/c.py", "site-packages/d.py"):
+        write(f"tests/lib/{name}", f"# {name}\n" * 100)
+    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(folder / "tests/lib"))
 
 
 def test_stdlib_is_this_pythons_and_the_same_each_time(folder, monkeypatch):
     assert "argparse.py" in [p.name for p in prepare_data.find_texts("stdlib", None)]
-    for name in ("json/e.py", "a.py", "b.txt", "test/c.py", "site-packages/d.py"):
-        write(f"tests/lib/{name}", f"# {name}\n" * 100)
-    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(folder / "tests/lib"))
+    fake_stdlib(folder, monkeypatch)
     assert [p.name for p in prepare_data.find_texts("stdlib", None)] == ["a.py", "e.py"]
     for _ in range(2):  # what a first run of train.py prepares by itself; the second finds it
         _, _, meta = train.load_data(TrainConfig())
         assert meta["source"] == "stdlib" and meta["train_tokens"] == 100 * len("# a.py\n")
         monkeypatch.setattr(train, "prepare", None)
+
+
+def test_backcopy_follows_its_two_rules(folder, monkeypatch):
+    text = open(prepare_data.__file__, "rb").read()
+    ids, triggers = prepare_data.backcopy(text, streams=200, length=1000)
+    source = np.frombuffer(text, dtype=np.uint8)
+    frequent = np.bincount(source, minlength=256).argsort()
+    assert ids.shape == (200, 1000) and set(triggers) == set(frequent[-3:])
+    at_trigger = np.isin(ids, triggers)
+    assert not at_trigger[:, 0].any() and not (at_trigger[:, 1:] & at_trigger[:, :-1]).any()
+    rows, columns = np.nonzero(at_trigger[:, :-1])
+    assert np.array_equal(ids[rows, columns + 1], ids[rows, columns - 1])
+    for a in frequent[-20:-3]:  # elsewhere b follows a as often as it does in the text
+        follows = np.bincount(ids[:, 1:][ids[:, :-1] == a], minlength=256)
+        in_text = np.bincount(source[1:][source[:-1] == a], minlength=256)
+        assert np.abs(follows / follows.sum() - in_text / in_text.sum()).max() < 0.05, a
+    again, _ = prepare_data.backcopy(text, streams=200, length=1000)
+    assert np.array_equal(again, ids)
+
+    fake_stdlib(folder, monkeypatch)
+    prepare(DataConfig("backcopy"))
+    train_ids, val_ids, meta = prepare_data.load("backcopy")
+    assert (len(train_ids), len(val_ids)) == (1000 * 4096, 100 * 4096) and train_ids[4095] == 256
+    assert len(meta["triggers"]) == 3 and meta["vocab_size"] == 257
+    assert set(get_tokenizer("byte").decode(train_ids[:4095])) <= set("# a.py\n")
 
 
 def test_gpt2_tokens(folder):
@@ -501,7 +526,7 @@ def test_gpt2_tokens(folder):
     assert tokenizer.decode([*train_ids, *val_ids]) == text
     assert meta["vocab_size"] == 50257 and tokenizer.eot_token not in train_ids
     config = train.model_config(TrainConfig(size="2M"), meta["vocab_size"])
-    assert config.vocab_size == 50304 and config.n_ffn == 56
+    assert config.vocab_size == 50304 and config.ffn_size == 56
 
 
 def test_gpt2_without_its_files_says_what_to_do(monkeypatch):
@@ -510,39 +535,27 @@ def test_gpt2_without_its_files_says_what_to_do(monkeypatch):
         get_tokenizer("gpt2")
 
 
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves the files of a folder, of each only the first `limit` bytes."""
-    limit = None
-
-    def copyfile(self, source, outputfile):
-        outputfile.write(source.read()[:self.limit])
-
-
 @pytest.fixture
 def web(folder, monkeypatch):
-    """A folder with all there is to download. Tests delete a file in it to show that it isn't
-    fetched again."""
-    handler = partial(Server, directory=folder / "web")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{httpd.server_port}/"
-        monkeypatch.setattr(prepare_data, "FINEWEB_URL", url)
-        monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", url + "input.txt")
-        yield folder / "web"
-        httpd.shutdown()
+    """A folder that stands for the web. Tests delete a file in it to show that it isn't fetched
+    again."""
+    monkeypatch.setattr(prepare_data, "FINEWEB_URL", (folder / "web").as_uri() + "/")
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", (folder / "web/input.txt").as_uri())
+    return folder / "web"
 
 
 def test_shakespeare_is_downloaded_once_and_checked(folder, web, monkeypatch):
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    with pytest.raises(UserError, match="404"):
+    with pytest.raises(UserError, match="input.txt.*run this again"):
         prepare(DataConfig("shakespeare"))
     write(web / "input.txt", b"<html>not found</html>")
     with pytest.raises(UserError, match="SHA-256"):
         prepare(DataConfig("shakespeare"))
     write(web / "input.txt", text)
-    with patch.object(Server, "limit", 1000):
-        with pytest.raises(UserError, match="the download ended early|IncompleteRead"):
+    cut = patch.object(prepare_data.shutil, "copyfileobj", lambda a, b: b.write(a.read(1000)))
+    with cut:
+        with pytest.raises(UserError, match="the download ended early"):
             prepare(DataConfig("shakespeare"))
     assert not list(Path("data/shakespeare").iterdir())
     prepare(DataConfig("shakespeare"))
@@ -608,8 +621,8 @@ def as_flags(config):
             if value != getattr(TrainConfig, name)]
 
 
-def run(config, signals=()):
-    return train.train(config, signals, verbose=False)[1]
+def run(config):
+    return train.train(config, verbose=False)[1]
 
 
 def losses(history):
@@ -651,7 +664,8 @@ def test_training_learns(small_run, attention):
     assert history[-1]["bits_per_byte"] == pytest.approx(history[-1]["val_loss"] / math.log(2))
     assert history == read_log("run")
     assert [r["step"] for r in history if "val_loss" in r] == [12, 24, 30]
-    saved = sample.load_model(Path("run/ckpt.pt"), "cpu", torch.float32)[0]
+    saved = GPT(GPTConfig(**train.load_checkpoint(Path("run/ckpt.pt"))["model_config"]))
+    saved.load_state_dict(state("run")[0])
     assert torch.equal(saved(tokens())[0], model(tokens())[0])
 
 
@@ -664,13 +678,13 @@ def test_mixed_precision_is_close(small_run, dtype):
 
 
 def test_a_float16_step_that_overflows_is_left_out(small_run, monkeypatch):
-    too_large = partial(torch.amp.GradScaler, init_scale=2.0**60)
+    too_large = partial(torch.amp.GradScaler, init_scale=2.0**125)
     monkeypatch.setattr(torch.amp, "GradScaler", too_large)
     run(replace(small_run, dtype="float16", max_steps=1))
     weights, _, scaler, _ = state("run")
     start, _ = fresh_model_and_batches(small_run)
     torch.testing.assert_close(weights, start.state_dict(), rtol=0, atol=0)
-    assert scaler["scale"] == 2.0**59
+    assert scaler["scale"] == 2.0**124
 
 
 def test_learning_rate_rises_then_follows_a_cosine():
@@ -688,23 +702,19 @@ def test_steps_are_adamw_on_the_whole_batch_with_clipping_and_no_decay_of_vector
                      lr=1e-2, grad_clip=0.3, weight_decay=0.5)
     history = run(config)
     model, batch = fresh_model_and_batches(config)
-    m = dict.fromkeys(model.parameters(), 0)
-    v = dict(m)
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.5),
+                               dict(params=vectors, weight_decay=0)], betas=(0.9, 0.95))
     for step, lr in enumerate((5e-3, 1e-2, 1e-2)):
         model.zero_grad()
         _, loss = model(*batch(step))
         loss.backward()
         assert history[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
-        norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters()))
-        assert norm > 0.3
-        with torch.no_grad():
-            for p in model.parameters():
-                g = p.grad * 0.3 / norm
-                m[p] = 0.9 * m[p] + 0.1 * g
-                v[p] = 0.95 * v[p] + 0.05 * g * g
-                p *= 1 - lr * (0.5 if p.dim() > 1 else 0)
-                root = (v[p] / (1 - 0.95 ** (step + 1))).sqrt()
-                p -= lr * m[p] / (1 - 0.9 ** (step + 1)) / (root + 1e-8)
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3) > 0.3
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
     torch.testing.assert_close(state("run")[0], model.state_dict(), rtol=0, atol=1e-4)
 
 
@@ -736,59 +746,100 @@ def test_a_step_of_muon(small_run):
             torch.testing.assert_close(moved[clear], expected, rtol=0.02, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("start_token", [False, True])
 @pytest.mark.parametrize("eval_tokens, n", [(512, 12), (96, 3), (10**9, 108), (1, 1)])
-def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_tokens, n):
+def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_tokens, n, start_token):
     config = replace(small_run, eval_tokens=eval_tokens)
     data = prepare_data.load("text")[1].astype(np.int64)[:3500]
     model = tiny_model("vanilla", torch.float32, vocab_size=257)
-    got = train.evaluate(model, data, config, torch.device("cpu"))
+    start_id = 256 if start_token else None
+    got = train.evaluate(model, data, config, torch.device("cpu"), start_id)
     each = []
     for i in range(n):  # 512 tokens are 16 windows: 12 are whole batches of 6
         start = int(i * (len(data) - 33) / max(1, n - 1))
         text = torch.tensor(data[start:start + 33])[None]
+        if start_token:
+            text = torch.cat((torch.tensor([[256]]), text[:, :32]), dim=1)
         each.append(model(text[:, :-1], text[:, 1:])[1].item())
-    assert got == pytest.approx(np.mean(each), abs=1e-6)
+    assert got.item() == pytest.approx(np.mean(each), rel=1e-6)
+
+
+def test_with_a_start_token_every_sequence_begins_with_end_of_text(small_run, monkeypatch):
+    seen = []
+    hidden_states = GPT.hidden_states
+    monkeypatch.setattr(GPT, "hidden_states",
+                        lambda self, idx, cache=None: (seen.append(idx), hidden_states(self, idx))[1])
+    config = replace(small_run, start_token=True, max_steps=2, eval_every=2)
+    bench.measure_run(config, 8, "")
+    assert len(seen) > 4 and all(idx[:, 0].eq(256).all() for idx in seen)
+    assert all(idx[:, 1:].ne(256).all() for idx in seen)
+    assert max(idx.size(1) for idx in seen) == 32
+
+
+def cut_save(obj, f):
+    f.write(b"half a checkpoint")
+    raise KeyboardInterrupt  # as if killed
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(dtype="bfloat16"), dict(dtype="float16"),
+    {}, dict(dtype="bfloat16"), dict(dtype="float16"), dict(attention="svformer+gqa"),
     pytest.param(dict(optimizer="muon", value_residual="plus"), marks=needs_muon)])
-def test_stopped_after_each_step_and_resumed_it_is_bit_identical(small_run, changes):
-    config = replace(small_run, **changes)
+def test_killed_anywhere_and_resumed_it_is_bit_identical(small_run, monkeypatch, changes):
+    config = replace(small_run, eval_every=3, **changes)
     run(config)
-    stopped = replace(config, out_dir="stopped", resume=True)
-    for steps in range(1, 12):
-        assert len(run(stopped, signals=[signal.SIGTERM])) == steps
-        with Path("stopped/log.jsonl").open("a") as log:
-            log.write('{"step": 8, "lo')  # as if killed in a later step
-    history = run(stopped)
-    torch.testing.assert_close(state("stopped"), state("run"), rtol=0, atol=0)
-    assert history == read_log("stopped")
-    Path("stopped/log.jsonl").unlink()
-    assert run(stopped) == history  # complete: nothing is trained
+    killed = replace(config, out_dir="killed", resume=True)
+    learning_rate = train.learning_rate
+    for place in (1, 4, 8, 11):  # the checkpoints come after steps 3, 6, 9 and 12
+        def stop(config, step):
+            if step == place:
+                raise KeyboardInterrupt
+            return learning_rate(config, step)
+
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(train, "learning_rate", stop)
+            run(killed)
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):  # while it saves
+            context.setattr(torch, "save", cut_save)
+            run(killed)
+        if place > 3:
+            steps = train.load_checkpoint(Path("killed/ckpt.pt"))["history"]
+            assert read_log("killed") == steps and len(steps) == place // 3 * 3
+    history = run(killed)
+    torch.testing.assert_close(state("killed"), state("run"), rtol=0, atol=0)
+    assert history == read_log("killed") and not list(Path("killed").glob("*.part"))
+    assert run(killed) == history  # complete: nothing is trained
 
 
-def test_what_a_resumed_run_may_change(small_run, capsys):
+def test_what_a_resumed_run_may_change(small_run, monkeypatch):
     run(small_run)
-    again = replace(small_run, resume=True, n_layer=4, n_head=2, n_embd=16, size="small",
-                    max_steps=14, eval_every=3, eval_tokens=64, dtype="bfloat16")
-    train.train(again)
-    train.train(again)
-    said = capsys.readouterr().out
-    before, after = (train.learning_rate(replace(small_run, max_steps=n), 12) for n in (12, 14))
-    assert said.count("--max_steps 12 -> 14") == 1 and said.count("run is complete: 14 steps") == 1
-    assert f"step 13 goes from {before:.2e} to {after:.2e}" in said
-    run(replace(small_run, out_dir="short", max_steps=20), signals=[signal.SIGTERM])
-    train.train(replace(small_run, out_dir="short", max_steps=1, resume=True))
-    said = capsys.readouterr().out
-    assert "short is complete: 1 steps" in said and "cosine" not in said
+    run(replace(small_run, resume=True, max_steps=14, eval_every=3, eval_tokens=64,
+                dtype="bfloat16"))
     for name, value in dict(lr=1.0, min_lr=0.1, weight_decay=0.9, grad_clip=2.0, warmup_steps=3,
                             seed=5, batch_size=3, grad_accum=2, n_layer=5, attention="cla",
-                            block_size=16, value_lambda=(2, 1)).items():
+                            block_size=16, value_lambda=(2, 1), init="paper").items():
         with pytest.raises(UserError, match=f"^--{name} is .*, but the run in run has"):
-            run(replace(small_run, resume=True, **{name: value}))
+            run(replace(small_run, max_steps=14, resume=True, **{name: value}))
+    ckpt = torch.load("run/ckpt.pt")
+    del ckpt["config"]["init"], ckpt["config"]["max_steps"]  # as if these flags were newer
+    torch.save(ckpt, "run/ckpt.pt")
+    assert len(run(replace(small_run, max_steps=15, resume=True))) == 15
     run(replace(small_run, overwrite=True, seed=5))
     assert len(run(replace(small_run, resume=True, seed=5))) == 12
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(optimizer="Muon"), "--optimizer must be one of"), (dict(compile=False), "--compile must"),
+    (dict(dtype="int8"), "--dtype must be one of"), (dict(size="big"), "--size must be one of"),
+    (dict(lr=np.float64(1e-2)), "--lr must be a plain value"), (dict(lr=None), "--lr must be a"),
+    (dict(value_lambda=(np.float64(1), 1.0)), "--value_lambda must be a plain value"),
+    (dict(out_dir=Path("x")), "--out_dir must be a plain value"),
+    (dict(eval_every=0), "--eval_every must be a finite number of at least 1"),
+    (dict(lr=math.inf), "--lr must be a finite number"), (dict(n_head=0), "--n_head must be")])
+def test_values_that_no_flag_takes_are_refused_before_any_work(small_run, changes, words):
+    before = contents(".")
+    with pytest.raises(UserError, match=words):
+        run(replace(small_run, **changes))
+    assert contents(".") == before
 
 
 @pytest.mark.parametrize("flags, folder", [
@@ -796,21 +847,16 @@ def test_what_a_resumed_run_may_change(small_run, capsys):
     ("--value_lambda 2 1 --grad_clip 0.5", "out/resformer-value_lambda_2_1-grad_clip_0.5"),
     ("--attention cla+gqa --n_layer 4 --dataset some/folder --lr 0.002",
      "out/cla+gqa-n_layer_4-dataset_folder-lr_0.002"),
+    ("--start_token --init paper", "out/resformer-init_paper-start_token_True"),
     ("--out_dir x --seed 3", "x")])
 def test_a_runs_folder_is_named_after_what_makes_it_another_run(flags, folder):
     config, _ = prepare_data.parse_flags(TrainConfig, "", flags.split())
     assert train.run_folder(config).as_posix() == folder
 
 
-def test_it_trains_in_a_thread(small_run):
-    with ThreadPoolExecutor() as pool:
-        assert len(pool.submit(run, small_run).result()) == 12
-
-
 @pytest.mark.parametrize("attention, dtype", [
-    ("resformer+neutreno+denseformer", "bfloat16"),
-    pytest.param("crosslayer+cla", "float16", marks=slow),
-    *(pytest.param(name, "float32", marks=slow) for name in VARIANTS)])
+    ("resformer+neutreno+denseformer", "bfloat16"), ("crosslayer+cla", "float16"),
+    ("svformer+gqa", "float32")])
 def test_the_model_compiles_into_one_graph_each_way(small_run, monkeypatch, attention, dtype):
     config = replace(small_run, attention=attention, dtype=dtype, n_layer=2, grad_accum=2,
                      max_steps=4, eval_every=1)
@@ -820,34 +866,8 @@ def test_the_model_compiles_into_one_graph_each_way(small_run, monkeypatch, atte
     # 8 in earnest: train() forgets the models that were compiled before.
     with torch._dynamo.config.patch(recompile_limit=2):
         history = run(replace(config, compile="on", out_dir="compiled"))
-    assert graphs.frame_count == 3  # the trial, training and evaluation
+    assert graphs.frame_count == 2  # training and evaluation
     assert losses(history) == pytest.approx(losses(expected), rel=1e-3)
-
-
-@slow
-def test_under_distributed_data_parallel_it_is_one_graph_too():
-    dist, graphs = train.dist, CompileCounterWithBackend("aot_eager")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.compiler.reset()
-    model = tiny_model("svformer+gqa", torch.float32, n_layer=2)
-    fast = train.DistributedDataParallel(torch.compile(model, backend=graphs, fullgraph=True))
-    for _ in range(3):
-        _, loss = fast(tokens(), tokens(seed=2))
-        loss.backward()
-    assert graphs.frame_count == 1
-    del fast
-    dist.destroy_process_group()
-
-
-def test_where_nothing_compiles_auto_trains_uncompiled_and_on_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no Triton\nand a page")))
-    with pytest.raises(UserError, match="--compile off: no Triton$"):
-        train.compiled("model", TrainConfig(compile="on"), torch.device("cpu"))
-    monkeypatch.setattr(torch, "zeros", Mock())  # a card that isn't there
-    for choice, warns in (("auto", True), ("off", False)):
-        config = TrainConfig(compile=choice)
-        assert train.compiled("model", config, torch.device("cuda")) == "model"
-        assert ("no Triton" in capsys.readouterr().err) == warns
 
 
 def test_what_this_machine_has_is_asked(monkeypatch):
@@ -855,7 +875,7 @@ def test_what_this_machine_has_is_asked(monkeypatch):
         return train.pick_dtype(TrainConfig(**flags), torch.device(device))
 
     for place, name in ((torch.cuda, "set_device"), (torch, "set_float32_matmul_precision"),
-                        (torch, "zeros")):
+                        (torch, "zeros"), (torch, "compile")):
         monkeypatch.setattr(place, name, Mock())
     for name, rank, expected in (("cuda", 0, "cuda:0"), ("cuda:3", 0, "cuda:3"),
                                  ("cuda", 1, "cuda:1")):
@@ -863,6 +883,10 @@ def test_what_this_machine_has_is_asked(monkeypatch):
         device = train.pick_device(name)
         torch.cuda.set_device.assert_called_with(device)
         assert str(device) == expected
+    for cuda, mps, expected in ((True, True, "cuda:1"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert str(train.pick_device("auto")) == expected
     assert dtype("cpu") == torch.float32 and dtype("cpu", dtype="float16") == torch.float16
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
@@ -870,55 +894,64 @@ def test_what_this_machine_has_is_asked(monkeypatch):
     assert dtype("mps") == torch.float32
     with pytest.raises(UserError, match="--dtype bfloat16: on MPS"):
         dtype("mps", dtype="bfloat16")
+    for choice, device, expected in (("auto", "cpu", False), ("auto", "cuda", True),
+                                     ("off", "cuda", False), ("on", "cpu", True)):
+        got = train.compiled("model", TrainConfig(compile=choice), torch.device(device))
+        assert (got != "model") == expected
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     train.check(TrainConfig())
     with pytest.raises(UserError, match="--optimizer muon needs torch 2.9"):
         train.check(TrainConfig(optimizer="muon"))
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=slow)])
-def test_torchrun_gives_the_losses_of_one_process(small_run, n):
+def torchrun(*words):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", str(HERE / "train.py"), *words],
+                          capture_output=True, text=True)
+
+
+def test_torchrun_gives_the_losses_of_one_process(small_run, monkeypatch):
     config = replace(small_run, grad_accum=2, eval_tokens=160)  # 5 windows, not as many for each
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={n}", str(HERE / "train.py"), *as_flags(config),
-                           "--out_dir=both"], capture_output=True, text=True)
+    done = torchrun(*as_flags(config), "--out_dir=both")
     assert done.returncode == 0, done.stderr
     assert losses(read_log("both")) == pytest.approx(losses(run(config)), abs=1e-5)
-    # And no function keeps a process group, whose threads could outlive the interpreter.
-    assert torch.distributed.nn.functional.all_reduce.__defaults__[1] is None
-
-
-def test_processes_that_disagree_are_refused(monkeypatch):
-    def gather(states, mine):
-        states[:] = mine, (3, "data")
-
+    assert done.stdout.count("nats per token") == 4  # each line once: three evaluations, the end
+    done = torchrun(*as_flags(config), "--out_dir=both")  # both see that it is there already
+    assert done.returncode == 1 and "both holds a run" in done.stderr
     monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train.dist, "all_gather_object", gather)
-    train.check_agreement(3, "data")
-    with pytest.raises(UserError, match="different steps or data"):
-        train.check_agreement(4, "data")
     with pytest.raises(UserError, match="--batch_size 5 must divide by the 2 processes"):
         train.check(TrainConfig(batch_size=5))
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run):
+def test_rank_without_torchrun_is_no_run_of_several_processes(small_run):
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *as_flags(small_run)],
+                          env=os.environ | dict(RANK="1", WORLD_SIZE="2"), capture_output=True)
+    assert done.returncode == 0 and len(read_log("run")) == 12
+
+
+@pytest.mark.parametrize("broken", ["lm_head.weight", "val"])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, monkeypatch, broken):
     run(replace(small_run, max_steps=4))
     ckpt = train.load_checkpoint(Path("run/ckpt.pt"))
-    ckpt["model"]["lm_head.weight"][0, 0] = math.nan
+    if broken == "val":
+        monkeypatch.setattr(train, "evaluate", lambda *_: torch.tensor(math.inf))
+    else:
+        ckpt["model"][broken][0, 0] = math.nan
     torch.save(ckpt, "run/ckpt.pt")
     before = Path("run/ckpt.pt").read_bytes()
-    with pytest.raises(UserError, match="step 5: the loss is nan"):
+    with pytest.raises(UserError, match="step (5|8): the loss is (nan|inf): try a lower --lr"):
         run(replace(small_run, resume=True))
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
-def test_off_a_terminal_a_line_comes_every_30_seconds(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(train.time, "monotonic", Mock(side_effect=range(0, 10_000, 11)))
-    train.train(replace(small_run, eval_every=100), title="run 2 of 9")
-    lines = [line for line in capsys.readouterr().err.splitlines() if "minutes left" in line]
-    assert [line.split(",")[0] for line in lines] == [
-        f"run 2 of 9: step {n} of 12" for n in (3, 6, 9, 12)]
-    assert lines[0].endswith("1.6 minutes left")  # 33 seconds for 3 steps, 9 to come
+def test_two_writers_of_a_file_do_not_see_each_other(folder):
+    path = Path("some/file")
+    with prepare_data.replace_file(path) as first:
+        first.write(b"one")
+        with prepare_data.replace_file(path) as second:
+            second.write(b"the other")
+        assert path.read_bytes() == b"the other"
+    assert path.read_bytes() == b"one" and contents("some") == {path: b"one"}
 
 
 # ---- bench.py -----------------------------------------------------------------------------------
@@ -926,33 +959,28 @@ def test_off_a_terminal_a_line_comes_every_30_seconds(small_run, monkeypatch, ca
 
 @pytest.mark.parametrize("attention", [*VARIANTS, "crosslayer+gqa+denseformer", "plus with cla"])
 def test_what_bench_sees_in_attention_is_what_numpy_says(attention):
-    model, idx, each = tiny_model(attention), tokens(B=3, T=20), []
-    got = bench.look_at_attention(model, idx)
+    model, idx, triggers, each = tiny_model(attention), tokens(B=3, T=20), [3, 5, 8], []
+    got = bench.look_at_attention(model, idx, triggers)
     for sequence in idx:
         watch, parameters = [], {name: p.detach() for name, p in model.named_parameters()}
         reference_sequence(model.config, parameters, sequence, watch)
+        queries = [i for i in range(1, 20) if sequence[i] not in triggers]
         layers = []
         for attention_of_heads, values, hidden in watch:
             A = np.mean([a.numpy() for a in attention_of_heads], axis=0)
-            T = len(A)
-            p = [sum(A[i, j] for i in range(T)) / A.sum() for j in range(T)]
+            p = [sum(A[i, j] for i in range(20)) / A.sum() for j in range(20)]
+            firsts = [np.mean([a[i, 0] for i in queries]) for a in attention_of_heads]
             v = np.concatenate([x.numpy() for x in values], axis=1)
-            h = hidden.numpy()
-            v_norms, h_norms = np.sqrt((v * v).sum(axis=1)), np.sqrt((h * h).sum(axis=1))
-            cosines = [h[i] @ h[j] / (h_norms[i] * h_norms[j])
-                       for i in range(T) for j in range(T) if i != j]
-            spectrum = np.linalg.svd(v, compute_uv=False) ** 2 / T
+            v_norms, h_norms = (np.sqrt((x * x).sum(axis=1)) for x in (v, hidden.numpy()))
+            spectrum = np.linalg.svd(v, compute_uv=False) ** 2 / 20
             share = spectrum[spectrum > 1e-9] / spectrum.sum()
-            layers.append([-sum(x * math.log(x) for x in p), max(p),
-                           np.mean([A[i, 0] for i in range(1, T)]),
+            layers.append([-sum(x * math.log(x) for x in p), p[0], np.mean(firsts), max(firsts),
                            v_norms[0] / v_norms[1:].mean(), h_norms[0] / h_norms[1:].mean(),
-                           np.mean(cosines), spectrum.max(),
-                           math.exp(-sum(x * math.log(x) for x in share)), *p])
+                           spectrum.max(), math.exp(-sum(x * math.log(x) for x in share))])
         each.append(layers)
-    expected = np.mean(each, axis=0)  # (L, 8 + T)
+    expected = np.mean(each, axis=0)  # (L, 8)
     for i, name in enumerate(bench.MEASURES):
         np.testing.assert_allclose(got[name], expected[:, i], rtol=1e-4, err_msg=name)
-    np.testing.assert_allclose(got["importance"], expected[:, 8:], rtol=1e-4)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -960,66 +988,56 @@ def test_even_attention_is_what_zero_queries_give():
     model = tiny_model("vanilla")
     for block in model.layers:
         torch.nn.init.zeros_(block.self_attn.q_proj.weight)
-    got, expected = bench.look_at_attention(model, tokens(T=20)), bench.even(20, 32)
-    for name in ("entropy", "top", "first"):
+    got, expected = bench.look_at_attention(model, tokens(T=20), []), bench.even(20, 32)
+    for name in ("entropy", "importance", "first", "first_head"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-9, err_msg=name)
+    assert expected["value_norm"] == pytest.approx(1) and 14 < expected["rank"] < 20
 
 
-def test_the_task_asks_which_of_four_continuations_is_the_likeliest():
+@pytest.mark.parametrize("start_id", [None, 36])
+def test_the_task_asks_which_of_four_continuations_is_the_likeliest(start_id):
     model = tiny_model("svformer", torch.float32)
     data = np.random.default_rng(1).integers(0, 37, 500).astype(np.uint16)
-    got = bench.task_accuracy(model, data, 70, torch.device("cpu"))
-    rng, right = np.random.default_rng(0), 0
-    for size in (32, 32, 6):  # of 32 tokens an eighth is asked for, after a quarter
-        for places in rng.integers(0, 500 - 12, (size, 4)):
-            context, scores = list(data[places[0]:places[0] + 8]), []
-            for place in places:
-                ids = context + list(data[place + 8:place + 12])
-                logits = model(torch.tensor([[int(i) for i in ids]]))[0][0].detach().double()
-                p = torch.softmax(logits, dim=-1)
-                scores.append(sum(math.log(p[t - 1, int(ids[t])]) for t in range(8, 12)))
-            right += scores[0] == max(scores)
+    got = bench.task_accuracy(model, data, 70, torch.device("cpu"), start_id)
+    start = [] if start_id is None else [start_id]
+    right = 0
+    for places in np.random.default_rng(0).integers(0, 500 - 12, (70, 4)):
+        context, scores = list(data[places[0]:places[0] + 8]), []
+        for place in places:
+            ids = start + context + list(data[place + 8:place + 12])
+            logits = model(torch.tensor([[int(i) for i in ids]]))[0][0].detach().double()
+            p = torch.softmax(logits, dim=-1)
+            scores.append(sum(math.log(p[t - 1, int(ids[t])]) for t in range(-4, 0)))
+        right += scores[0] == max(scores)
     assert got == right / 70
 
 
-def test_what_is_compared_is_the_end_of_training_and_the_deeper_half_of_the_layers():
-    layers = dict.fromkeys(bench.MEASURES, [1, 2, 3, 5])
-    record = dict(flags=dict(batch_size=2, grad_accum=3, block_size=4, seed=7), task=0.25,
-                  train_curve=[9.0] * 38 + [3.0, 2.0], val_curve=[[20, 5.0], [40, 4.0]],
-                  attention=layers, attention_start=layers | dict(rank=[0, 0, 1, 2]))
-    got = bench.with_numbers(record, start_token=False)
-    assert (got["seed"], got["validation"], got["accuracy"], got["rank"]) == (7, 4.0, 25, 4)
-    assert got["training"] == 2.5 and len(got["smooth"]) == 39  # of two steps each, of 40
-    assert got["tokens"][0] == 2 * 24 and got["tokens"][-1] == 40 * 24
-    assert bench.with_numbers(record, start_token=True)["rank"] == 1.5
-
-
 def test_gaps_are_paired_by_seed_with_students_interval():
-    first = [dict(seed=1, x=1.0), dict(seed=2, x=2.0), dict(seed=3, x=3.0)]
+    def value(x):
+        return x
 
-    def cell(runs, digits):  # runs: {seed: x}
-        runs = [dict(seed=seed, x=x) for seed, x in runs.items()]
-        return bench.mean_and_gap(runs, bench.pair_up(runs, first), "x", digits)
-
+    first = {1: 1.0, 2: 2.0, 3: 3.0}
     spread = 4.303 * np.std([0.1, 0.3, 0.5], ddof=1) / math.sqrt(3)
     mean = np.mean([3.5, 1.1, 2.3, 100])
-    assert cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, 3) == f"{mean:.3f} +0.300 ±{spread:.3f}"
-    assert bench.mean_and_gap(first, [], "x", 1) == "2.0"
-    assert cell({1: 0.5}, 1) == "0.5 -0.5" and cell({8: 0.5}, 1) == "0.5"
+    got = bench.cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, first, value, 3)
+    assert got == f"{mean:.3f} +0.300 ±{spread:.3f}"
+    assert bench.cell(first, first, value, 1) == "2.0"
+    assert bench.cell({1: 0.5}, first, value, 1) == "0.5 -0.5"
+    assert bench.cell({8: 0.5}, first, value, 1) == "0.5"
     assert bench.interval([1.0] * 20) == 0
-
-    other = dict(val_curve=[[100, 3.0], [200, 2.0]])
 
     def saved(*losses):
         curve = [[50 * (i + 1), loss] for i, loss in enumerate(losses)]
-        return bench.tokens_saved(dict(val_curve=curve), other)
+        return bench.tokens_saved(dict(val_curve=curve), 2.0)
     assert saved(3.0, 2.5, 1.5, 1.0) == pytest.approx(1 - 125 / 200)
     assert saved(3.0, 1.9, 2.6, 2.5) == pytest.approx(1 - (50 + 50 / 1.1) / 200)  # once is enough
     assert math.isnan(saved(3.0, 2.5, 2.2, 2.1))
-    good, bad = [[[50, 3.0], [100, 2.0], [200, 1.0]], [[100, 3.0], [200, 2.5]]]
-    pairs = [(dict(val_curve=curve), other) for curve in (good, good, bad)]
-    assert bench.fewer_tokens(pairs[:2]) == "50%" and bench.fewer_tokens([]) == ""
-    assert bench.fewer_tokens(pairs) == "reached 2/3"
+
+
+def test_the_deeper_half_is_a_mean_but_importance_the_largest():
+    record = dict(attention=dict(rank=[1, 2, 3, 6], importance=[9, 2, 3, 6]))
+    assert bench.deeper_half(record, "rank") == 4.5
+    assert bench.deeper_half(record, "importance") == 9
 
 
 @pytest.fixture
@@ -1028,10 +1046,6 @@ def small_bench(small_run, monkeypatch, capsys):
     words = ("--dataset text --size 2M --n_layer 2 --block_size 32 --batch_size 6 --max_steps 6 "
              "--eval_every 2 --eval_tokens 256 --warmup_steps 2 --device cpu --rounds 1 "
              "--decode_batch 2 --contexts 3 --questions 40 --out_dir b").split()
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(bench, "catch_signals", lambda: caught)
-    monkeypatch.setattr(bench, "draw", lambda *_: None)  # seconds; see the test of the figures
-    caught.clear()
 
     def call(*more):
         monkeypatch.setattr(sys, "argv", ["bench.py", *words, *more])
@@ -1040,150 +1054,94 @@ def small_bench(small_run, monkeypatch, capsys):
     return call
 
 
-caught = []  # the signals that bench.py sees
-DRAW = bench.draw
-
-
-def bench_records(kind="run"):
-    return [r for r in bench.read_records(Path("b/results.jsonl")) if r["kind"] == kind]
-
-
-def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, capsys, tmp_path):
-    asked = ("--variants", "vanilla", "resformer --value_lambda 2 1 --lr 1e-2", "svformer+gqa",
-             "--seeds", "3", "4", "--neutreno_lambda", "0.3")
-    with patch.object(bench, "look_at_attention", wraps=bench.look_at_attention) as looks:
-        printed = small_bench(*asked)
-    runs = bench_records()
-    assert [(r["variant"].split()[0], r["flags"]["seed"]) for r in runs] == [
+def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, capsys):
+    asked = ("--variants", "vanilla", "resformer --value_residual learnable --lr 1e-2",
+             "svformer+gqa", "--seeds", "3", "4", "--neutreno_lambda", "0.3")
+    printed = small_bench(*asked)
+    runs = bench.read_records(Path("b"))
+    assert [(r["variant"].split()[0], r["seed"]) for r in runs] == [
         (a, seed) for seed in (3, 4) for a in ("vanilla", "resformer", "svformer+gqa")]
-    assert runs[1]["flags"]["value_lambda"] == [2, 1] and runs[1]["flags"]["lr"] == 1e-2
-    assert {r["flags"]["neutreno_lambda"] for r in runs} == {None}  # nobody uses it
     assert [step for step, _ in runs[0]["val_curve"]] == [2, 4, 6]
-    assert np.shape(runs[0]["attention"]["importance"]) == (2, 32)
-    texts, started = (call.args[1] for call in looks.call_args_list[:2])
-    assert started[:, 0].eq(256).all() and torch.equal(started[:, 1:], texts[:, :-1])
+    assert not any(Path("b/runs").iterdir())
     # 2 layers, 2 heads of 8 numbers; svformer+gqa: 2 + 1 tensors, one head.
     assert [r["cache_bytes"] for r in runs[:3]] == [4 * 4 * 16, 4 * 4 * 16, 4 * 3 * 8]
-    # The record is enough to make the run again, and gives the same loss.
-    flags = runs[1]["flags"] | dict(value_lambda=(2, 1), out_dir="again")
-    assert run(TrainConfig(**flags))[-1]["val_loss"] == runs[1]["val_curve"][-1][1]
-    losses = [r["val_curve"][-1][1] for r in runs]
-    gaps = [losses[1] - losses[0], losses[4] - losses[3]]
-    assert f"{np.mean(gaps):+.4f} ±{bench.interval(gaps):.4f}" in printed
-    assert "2 resformer: resformer --value_lambda 2 1 --lr 1e-2" in printed
-    assert "| 3 svformer+gqa |     2 |" in printed and "38% " in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    again = replace(SMALL, n_layer=2, max_steps=6, eval_every=2, eval_tokens=256, seed=3, lr=1e-2,
+                    value_residual="learnable")
+    history = run(again)
+    assert history[-1]["val_loss"] == runs[1]["val_curve"][-1][1]
+    assert history[-1]["loss"] == pytest.approx(runs[1]["train_loss"])
+    last = [r["val_curve"][-1][1] for r in runs]
+    gaps = [last[1] - last[0], last[4] - last[3]]
+    gap = f"{np.mean(gaps):+.4f} ±{bench.interval(gaps):.4f}"
+    assert printed.count(gap) == 2  # at the end of training, and as the last of the quarters
+    weights = np.mean([r["value_lambdas"]["2"] for r in (runs[1], runs[4])], axis=0)
+    assert "layer 2: {:.2f} {:.2f}".format(*weights) in printed and "| 38%" in printed
+    assert "| step 2 " in printed and "Speed over the first" in printed
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
     asked += ("--parts", "loss")
-    assert "reused 6 of 6 runs, of 20" in small_bench(*asked)
-    assert "reused" in small_bench(*asked, "--name", "again")
-    written = Path("b/results.jsonl").read_bytes()
-    small_bench(*asked)  # its first name again: there is nothing to add
-    assert Path("b/results.jsonl").read_bytes() == written
-    with pytest.raises(TypeError):  # another flag is another run
+    shown = small_bench(*asked)
+    assert shown in printed
+    with pytest.raises(TypeError):  # another seed is another run
+        small_bench(*asked, "--seeds", "5")
+    with pytest.raises(UserError, match="--weight_decay is 0.2, but b holds runs with 0.1: choose"):
         small_bench(*asked, "--weight_decay", "0.2")
-    with Path("b/results.jsonl").open("a") as f:
-        f.write('{"name": "main", "ki')  # killed in a write
+    with pytest.raises(UserError, match="--dtype is torch.bfloat16, but b holds"):
+        small_bench(*asked, "--dtype", "bfloat16")
     shutil.rmtree("data")
     capsys.readouterr()
-    monkeypatch.setattr(bench, "pick_device", None)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--show", "b/results.jsonl", "--out_dir", "c"])
-    bench.main()
-    shown = capsys.readouterr()
-    main, again = shown.out.split("\n== again\n")
-    assert again in printed and main.removeprefix("\n== main\n").startswith(again)
-    assert "is cut or broken" in shown.err
-    for more, message in ((["--name", "other"], "--name other: b/results.jsonl has main, again"),
-                          (["--variants", "vanila"], "--variants: main in .* has vanilla, resf")):
-        with pytest.raises(UserError, match=message), monkeypatch.context() as context:
-            context.setattr(sys, "argv", [*sys.argv, *more])
-            bench.main()
+    monkeypatch.setattr(bench, "measure", None)
+    assert small_bench("--show", "b") == shown
+    assert "| svformer+gqa " in small_bench("--show", "b", "--variants", "svformer+gqa", "vanilla")
+    assert "no runs of cla in b" in small_bench("--show", "b", "--variants", "vanilla", "cla")
+
+
+def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, monkeypatch):
+    asked = ("--seeds", "1", "--parts", "loss", "--variants", "vanilla")
+    assert "WARNING" not in small_bench(*asked)
+    monkeypatch.setattr(bench, "fingerprint", lambda: "edited")
+    assert "different versions of the code" in small_bench(*asked, "gqa")
+    assert "WARNING" not in small_bench(*asked, "gqa", "--overwrite", "--lr", "1e-3")
+    assert {r["code"] for r in bench.read_records(Path("b"))} == {"edited"}
+    assert "| no seed" not in small_bench(*asked, "cla", "--seeds", "2", "--lr", "1e-3")
+    with open("b/results.jsonl", "a") as f:
+        f.write('{"variant": "van')  # killed in a write
+    with pytest.raises(UserError, match="results.jsonl, line 5 can't be read"):
+        small_bench("--show", "b")
 
 
 def test_the_figures(small_bench, monkeypatch):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    monkeypatch.setattr(bench, "draw", DRAW)
-    small_bench("--variants", "vanilla", "resformer", "--seeds", "1", "--parts", "loss")
-    for what in ("cache", "loss", "attention", "heat"):
-        assert Path(f"b/main-{what}.png").read_bytes()[1:4] == b"PNG"
+    asked = ("--variants", "vanilla", "resformer", "--parts", "loss", "--seeds")
+    small_bench(*asked, "1")
+    for name in ("loss", "attention"):
+        assert Path(f"b/{name}.png").read_bytes()[1:4] == b"PNG"
+    small_bench("--variants", "gqa", "--parts", "loss", "--seeds", "2")
+    assert "no seed in common with vanilla: gqa" in small_bench("--show", "b")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "no figures: pip install matplotlib" in small_bench("--show", "b")
 
 
-def test_results_of_other_code_are_said_and_fresh_measures_anew(small_bench, monkeypatch):
-    asked = ("--variants", "vanilla", "--seeds", "1", "--parts", "loss")
-    small_bench(*asked)
-    monkeypatch.setattr(bench, "fingerprint", lambda: "edited")
-    assert "WARNING: 1 of them were made by other code" in small_bench(*asked)
-    assert len(bench_records()) == 1
-    small_bench(*asked, "--fresh")
-    assert len(bench_records()) == 2
-    small_bench(*asked, "--dtype", "bfloat16")  # as what was trained in float32 is not
-    assert len([p for p in Path("b").iterdir() if p.is_dir()]) == 3  # each was trained
-    both = small_bench("--variants", "gqa", "vanilla", "--seeds", "1", "--parts", "loss")
-    assert "2 vanilla" in both and "WARNING" not in both
-    monkeypatch.setattr(bench, "fingerprint", lambda: "edited again")
-    both = small_bench("--variants", "vanilla", "cla", "--seeds", "1", "--parts", "loss")
-    assert "2 cla" in both and "different versions of the code" in both
-
-
-def test_runs_that_are_no_pair_stand_in_tables_of_their_own(small_bench, monkeypatch, capsys):
-    asked = ("--seeds", "1", "--parts", "loss", "--variants", "vanilla")
-    small_bench(*asked, "resformer --lr 0.1")
-    small_bench(*asked, "gqa", "--n_embd", "32", "--lr", "0.01")
-    small_bench(*asked[2:], "--seeds", "2", "--n_embd", "32", "--lr", "0.01")
-    show = ["bench.py", "--show", "b/results.jsonl"]
-    monkeypatch.setattr(sys, "argv", show)
-    bench.main()
-    first, second = capsys.readouterr().out.split("\nmain-2: n_embd 32, lr 0.01\n")
-    assert first.startswith("\nmain-1: n_embd None, lr 0.004\n\nno runs of gqa\n")
-    assert "| 2 resformer |     1 |" in first
-    assert "| 1 vanilla |     2 |" in second and "| 2 gqa     |     1 |" in second
-    # A flag of one variant that is given to all: the newest counts, they are not averaged.
-    for number in ("0.1", "0.2"):
-        small_bench(*asked[2:], "neutreno", "--seeds", number[2:], "--neutreno_lambda", number)
-    monkeypatch.setattr(sys, "argv", show)
-    bench.main()
-    assert "| 3 neutreno  |     1 |" in capsys.readouterr().out
-
-
-def test_the_fingerprint_is_the_codes_without_its_comments(tmp_path, monkeypatch):
+def test_the_fingerprint_is_of_all_that_makes_the_numbers(tmp_path, monkeypatch):
     for name in ("model.py", "train.py"):
         shutil.copy(HERE / name, tmp_path)
     before = bench.fingerprint()
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
-    text = (tmp_path / "model.py").read_text(encoding="utf-8")
-    for old, new, same in (("# Softmax in float32", "# softmax in float32", True),
-                           ("The language model.", "A model.", True), ("10000.0", "9999.0", False)):
+    for name, old, new, same in (
+            ("model.py", "# Token t of this", "# token t of this", True),
+            ("model.py", "The language model.", "A model.", True),
+            ("train.py", "try a lower --lr", "lower --lr", True),
+            ("train.py", "layers, heads and width of", "depth of", True),
+            ("model.py", "10000.0", "9999.0", False), ("train.py", "flag(4e-3", "flag(5e-3", False)):
+        text = (HERE / name).read_text(encoding="utf-8")
         assert text.count(old) == 1
-        (tmp_path / "model.py").write_text(text.replace(old, new), encoding="utf-8")
-        assert (bench.fingerprint() == before) == same
-
-
-def test_a_results_file_survives_a_cut_line(folder):
-    path = Path("r.jsonl")
-    record = dict(name="main", kind="run", variant="vanilla", flags={}, date="", code="")
-    path.write_text(json.dumps(record)[:-9])
-    bench.write_record(path, record)
-    assert bench.read_records(path) == [record]
-    path.write_text("")
-    with pytest.raises(UserError, match="no records"):
-        bench.show_file(bench.BenchConfig(show="r.jsonl"), {"show"})
-
-
-def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench, monkeypatch):
-    asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
-    caught.append(signal.SIGTERM)  # in the first run's training
-    with pytest.raises(SystemExit):
-        small_bench(*asked)
-    assert not Path("b/results.jsonl").exists()
-    caught.clear()
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):  # in the task
-        context.setattr(bench, "catch_signals", train.catch_signals)
-        context.setattr(bench, "task_accuracy", lambda *_: signal.raise_signal(signal.SIGINT))
-        small_bench(*asked)
-    assert not Path("b/results.jsonl").exists()
-    small_bench(*asked)
-    assert len(bench_records()) == 2
+        (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+        assert (bench.fingerprint() == before) == same, new
+        shutil.copy(HERE / name, tmp_path)
+    source = bench.inspect.getsource
+    monkeypatch.setattr(bench.inspect, "getsource",
+                        lambda f: source(f).replace("importance[0]", "importance[0] ** 2"))
+    assert bench.fingerprint() != before
 
 
 # ---- the scripts, as a user types them ----------------------------------------------------------
@@ -1192,7 +1150,6 @@ def test_a_signal_ends_all_of_bench_and_the_same_command_goes_on(small_bench, mo
 @pytest.fixture
 def script(capfd, monkeypatch):
     """Runs a script in this process; returns (exit status, stdout, stderr)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(name, *flags):
         capfd.readouterr()
@@ -1203,19 +1160,15 @@ def script(capfd, monkeypatch):
         except SystemExit as ended:
             status = ended.code
         return status, *capfd.readouterr()
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
-def test_from_data_to_text(folder, script, monkeypatch):
+def test_from_data_to_text(folder, script):
     write("text.txt", "To be, or not to be: that is the question.\n" * 500)
     assert "19,350 tokens for training" in script("prepare_data.py", "text.txt")[1]
     flags = (*as_flags(SMALL), "--attention=svformer", "--out_dir=my run")
     status, out, _ = script("train.py", *flags, "--max_steps=5")
     assert status == 0 and "nats per token" in out and "62% of vanilla's" in out
-    assert "python sample.py --out_dir 'my run'" in out or os.name == "nt"
     assert script("train.py", *flags, "--max_steps=7", "--resume")[0] == 0
     assert len(read_log("my run")) == 7
 
@@ -1228,9 +1181,16 @@ def test_from_data_to_text(folder, script, monkeypatch):
     assert without[1] == expected and "no KV cache" in without[2]
     write("prompt.txt", "To bé")
     assert script("sample.py", *flags, "--prompt=FILE:prompt.txt")[1] == expected
-    with open("prompt.txt", encoding="cp1252") as stdin:  # read as UTF-8 all the same
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert script("sample.py", *flags, "--prompt=-")[1] == expected
+
+
+def test_a_model_that_knows_the_start_token_gets_it(small_run, script):
+    run(replace(small_run, start_token=True))
+    flags = ("--out_dir=run", "--prompt=1", "--max_new_tokens=9", "--temperature=0", "--device=cpu")
+    model = GPT(GPTConfig(**train.load_checkpoint(Path("run/ckpt.pt"))["model_config"]))
+    model.load_state_dict(state("run")[0])
+    ids = generate(model, torch.tensor([[256, ord("1")]]), 9, temperature=0)[0].tolist()
+    expected = "".join(prepare_data.stream_text(get_tokenizer("byte"), ids))
+    assert script("sample.py", *flags)[1].startswith("1" + expected)
 
 
 def test_what_a_terminal_cannot_show_is_replaced(folder, script):
@@ -1245,68 +1205,52 @@ def test_what_a_terminal_cannot_show_is_replaced(folder, script):
         assert status == 0 and "?" in out
 
 
-def test_a_run_without_gpt2s_vocabulary_succeeds(small_run, monkeypatch, capsys):
-    monkeypatch.setattr(train, "get_tokenizer", Mock(side_effect=UserError("no vocabulary")))
-    model, history = train.train(small_run)
-    train.report(small_run, model, history)
-    printed = capsys.readouterr().out
-    assert f"{history[-1]['val_loss']:.4f} nats" in printed and "No sample" in printed
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(small_run, script, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", Mock(side_effect=KeyboardInterrupt))
+    status, _, error = script("train.py", *as_flags(small_run))
+    assert (status, error) == (130, "train.py: stopped; add --resume to go on from the last "
+                                    "evaluation\n")
 
 
-# The script, its flags, and words that must be in its one line; the folder is broken_things().
-BAD_INPUTS = [line.split("|") for line in """
-prepare_data.py|nowhere|nowhere is no file or folder
-prepare_data.py|empty.txt|no UTF-8 text
-prepare_data.py|one_byte.txt|too short
-prepare_data.py|elsewhere/text.txt|data/text holds data from elsewhere
-prepare_data.py|./stdlib/../stdlib|'stdlib' cannot be the name
-prepare_data.py|data/text|is where its own data would go
-prepare_data.py|fineweb --tokenizer byte|--tokenizer
-prepare_data.py|fineweb --shards 0|--shards
-prepare_data.py|--bogus|--bogus
-train.py|--attention resnet|--attention 'resnet': choose from
-train.py|--size 83M|--size
-train.py|--n_layer 1.5|--n_layer
-train.py|--dataset nothing|--dataset nothing isn't there yet: python prepare_data.py nothing
-train.py|--dataset odd|train.bin should be
-train.py|--dataset no_val|val.bin should be
-train.py|--dataset text-gpt2|python prepare_data.py text --tokenizer gpt2 prepares it
-train.py|--dataset no_json|meta.json
-train.py|--dataset list_json|meta.json
-train.py|--block_size 1000000|--block_size 1000000 must be less than
-train.py|--lr nan|--lr must be a finite number of at least 0
-train.py|--min_lr -1|--min_lr must be a finite number of at least 0
-train.py|--seed 99999999999999999999999|--seed must be less than 2^62
-train.py|--device tpu|--device tpu
-train.py|--batch_size 100000000000|out of memory
-train.py|--resume --overwrite|choose one
-train.py|--out_dir text.txt|text.txt
-train.py|--out_dir run|run holds a run: --resume goes on with it, --overwrite starts anew
-train.py|--resume --out_dir run --max_steps 1|--max_steps 1: the run in run has 2 steps
-train.py|--resume --out_dir run --dataset other|--dataset other is not what the run
-train.py|--resume --out_dir bomb|bomb/ckpt.pt can't be read
-train.py|--resume --out_dir list|list/ckpt.pt is not a checkpoint of train.py
-train.py|--resume --out_dir version|not a checkpoint of train.py
-train.py|--resume --out_dir config|config/ckpt.pt can't be resumed
-train.py|--resume --out_dir shapes|shapes/ckpt.pt can't be resumed
-train.py|--resume --out_dir optimizer|optimizer/ckpt.pt can't be resumed
-sample.py|--out_dir nowhere|nowhere/ckpt.pt isn't there
-sample.py|--out_dir shapes|shapes/ckpt.pt doesn't hold the model
-sample.py|--out_dir run --prompt FILE:nowhere|nowhere
-sample.py|--out_dir run --prompt FILE:latin1.txt|FILE:latin1.txt is not UTF-8
-sample.py|--out_dir run --prompt FILE:empty.txt|--prompt has no text
-sample.py|--out_dir run --num_samples 0|--num_samples
-sample.py|--out_dir run --temperature -1 --prompt d|--temperature must be
-bench.py|--variants resnet|--variants resnet: --attention 'resnet': choose from
-bench.py|--variants gqa gqa|--variants has a value twice
-bench.py|--rounds 0|--rounds
-bench.py|--variants;vanilla;resformer --seed 7|--seed is for all variants alike
-bench.py|--n_layer 10 --variants;vanilla;svformer --residual_layers 9|residual_layers is for
-bench.py|--variants;resformer --attention gqa|the name of the variant comes first
-bench.py|--name a/b|--name 'a/b'
-bench.py|--show nowhere|--show nowhere
-bench.py|--attention cla|--attention
-bench.py|--out_dir strange|results.jsonl
+# Lines of a shell, and words that must be in the one line that comes; the folder is broken_things.
+BAD_INPUTS = [line.split(" -> ") for line in """
+prepare_data.py nowhere -> nowhere is no file or folder
+prepare_data.py empty.txt -> no UTF-8 text
+prepare_data.py one_byte.txt -> too short
+prepare_data.py elsewhere/text.txt -> data/text holds data from elsewhere
+prepare_data.py ./stdlib/../stdlib -> 'stdlib' cannot be the name
+prepare_data.py data/text -> data/text holds data from elsewhere
+prepare_data.py fineweb --tokenizer byte -> --tokenizer
+prepare_data.py fineweb --shards 0 -> --shards
+prepare_data.py --bogus -> --bogus
+train.py --attention resnet -> --attention 'resnet': choose from
+train.py --size 83M -> --size
+train.py --n_layer 1.5 -> --n_layer
+train.py --n_embd 0 -> --n_embd must be a finite number of at least 1
+train.py --dataset nothing -> --dataset nothing isn't there yet
+train.py --dataset odd -> train.bin should be
+train.py --dataset no_val -> val.bin should be
+train.py --block_size 1000000 -> --block_size 1000000 must be less than
+train.py --lr nan -> --lr must be a finite number of at least 0
+train.py --device tpu -> --device tpu
+train.py --device cuda:99 -> --device cuda:99
+train.py --resume --overwrite -> choose one
+train.py --out_dir text.txt -> text.txt
+train.py --out_dir run -> run holds a run: --resume goes on with it, --overwrite starts anew
+train.py --resume --out_dir run --max_steps 1 -> --max_steps 1: the run in run has 2 steps
+train.py --resume --out_dir run --dataset other -> --dataset other is not what the run
+train.py --resume --out_dir bomb -> bomb/ckpt.pt can't be read
+train.py --resume --out_dir list -> list/ckpt.pt is not a checkpoint of train.py
+sample.py --out_dir nowhere -> nowhere/ckpt.pt isn't there
+sample.py --out_dir run --prompt FILE:nowhere -> nowhere
+sample.py --out_dir run --prompt FILE:empty.txt -> --prompt has no text
+sample.py --out_dir run --top_k 0 --prompt d -> --top_k
+bench.py --variants resnet -> --variants resnet: --attention 'resnet': choose from
+bench.py --rounds 0 -> --rounds
+bench.py --variants vanilla 'resformer --seed 7' -> --seed is for all variants alike
+bench.py --n_layer 10 --variants vanilla 'svformer --residual_layers 9' -> residual_layers is for
+bench.py --show nowhere -> --show nowhere
+bench.py --attention cla -> --attention
 """.strip().splitlines()]
 
 
@@ -1320,66 +1264,47 @@ def broken_things(tmp_path_factory):
             prepare(DataConfig(f"{name}.txt"))
         write("empty.txt", "")
         write("one_byte.txt", "a")
-        write("latin1.txt", "schön".encode("latin-1"))
         write("elsewhere/text.txt", "another text of the same name\n" * 99)
         write("stdlib/a.py", "# not Python's\n" * 99)
-        write("strange/results.jsonl", '{"nom": 1}\n')
-        for name in ("odd", "no_val", "no_json", "list_json"):
+        for name in ("odd", "no_val"):
             shutil.copytree("data/text", f"data/{name}")
         write("data/odd/train.bin", Path("data/text/train.bin").read_bytes()[:-1])
         Path("data/no_val/val.bin").unlink()
-        write("data/no_json/meta.json", "{'tokens'")
-        write("data/list_json/meta.json", "[1]")
-
         run(replace(SMALL, max_steps=2))
-        ckpt = train.load_checkpoint(Path("run/ckpt.pt"))
-        weights = ckpt["model"] | {"layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}
-        for name, broken in dict(
-                list=[1, 2], version={key: ckpt[key] for key in ckpt if key != "scaler"},
-                config=ckpt | dict(config=dict(ckpt["config"], flavour=1)),
-                shapes=ckpt | dict(model=weights),
-                optimizer=ckpt | dict(optimizers=[dict(state={}, param_groups=[])])).items():
-            Path(name).mkdir()
-            torch.save(broken, f"{name}/ckpt.pt")
+        Path("list").mkdir()
+        torch.save([1, 2], "list/ckpt.pt")
         write("bomb/ckpt.pt", "cos\nmkdir\n(S'exploded'\ntR.")  # a pickle that makes a folder
     return folder
 
 
-@pytest.mark.parametrize("name, flags, words", BAD_INPUTS, ids=lambda value: value[:60])
-def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypatch, script, name,
-                                                        flags, words):
+@pytest.mark.parametrize("line, words", BAD_INPUTS, ids=lambda value: value[:60])
+def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypatch, script, line,
+                                                        words):
     monkeypatch.chdir(broken_things)
+    name, *flags = shlex.split(line)
     small = []
-    if name in ("train.py", "bench.py"):  # for all that the row doesn't say
+    if name in ("train.py", "bench.py"):  # for all that the line doesn't say
         small = as_flags(replace(SMALL, out_dir=None))
     if name == "bench.py":
         small.append("--variants=vanilla")
-    flags, *quoted = flags.split(";")  # behind a semicolon stands what a shell would quote
     before = contents(broken_things)
-    status, out, error = script(name, *small, *flags.split(), *quoted)
+    status, out, error = script(name, *small, *flags)
     assert status == 2 and error.count("\n") == 1 and error.startswith(f"{name}: "), error
     assert words in error.replace(os.sep, "/")
-    assert "prompt" not in flags or out == ""
+    assert "prompt" not in line or out == ""
     assert contents(broken_things) == before
 
 
 @pytest.mark.parametrize("error, line", [
-    (RuntimeError("CUDA out of memory. Tried to\nallocate"), "out of memory: CUDA out of memory."),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: Default"),
-    (MemoryError(), "out of memory"), (OSError(), "OSError"), (UserError("a\nb"), "a"),
-    (AttributeError("module 'torch._C' has no attribute '_cuda_setDevice'"), "--device: this"),
-    (AttributeError("module 'torch' has no attribute 'x'"), None),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
-    (ZeroDivisionError("a fault"), None)])
-def test_only_mistakes_and_full_machines_become_a_line(error, line, capfd, monkeypatch):
+    (OSError(28, "No space left"), "[Errno 28] No space left"), (UserError("a\nb"), "a"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), None)])
+def test_only_mistakes_become_a_line(error, line, capfd, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x/train.py"])
     with pytest.raises(SystemExit if line else type(error)) as ended:
         with prepare_data.one_line_errors():
             raise error
-    printed = capfd.readouterr().err
     if line:
-        assert ended.value.code == 2 and printed.startswith(f"train.py: {line}")
-        assert printed.count("\n") == 1
+        assert ended.value.code == 2 and capfd.readouterr().err == f"train.py: {line}\n"
 
 
 # ---- README -------------------------------------------------------------------------------------
@@ -1402,7 +1327,6 @@ def test_readmes_commands_are_such_as_the_scripts_take(folder, monkeypatch, caps
                "bench.py": (bench.BenchConfig, bench.list_runs),
                "prepare_data.py": (DataConfig, None)}
     shutil.copytree(HERE / "assets", "assets")
-    monkeypatch.setattr(bench, "draw", lambda *_: None)
     lines = "".join(readme("sh")).replace("\\\n", " ").replace("&&", "\n").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     commands = [words[1:] for words in commands if words[:1] == ["python"] and words[1] != "-m"]
@@ -1415,109 +1339,5 @@ def test_readmes_commands_are_such_as_the_scripts_take(folder, monkeypatch, caps
         if "--show" in flags or "cache" in flags:  # nothing is trained: it can be run here
             monkeypatch.setattr(sys, "argv", [name, *flags])
             bench.main()
-            expected = "Attention in the deeper half" if "--show" in flags else "64.0"
+            expected = "Attention in layer 1" if "--show" in flags else "64.0"
             assert expected in capsys.readouterr().out
-
-
-# ---- faults: full disks, signals, kills ---------------------------------------------------------
-
-
-@posix
-def test_a_full_disk_leaves_what_was_there(small_run, folder):
-    import resource  # a limit on the size of files: a write fails as it does on a full disk
-
-    def full_at(n_bytes, call, *args):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-        try:
-            with pytest.raises((UserError, OSError)) as error:
-                call(*args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        return str(error.value)
-
-    run(replace(small_run, max_steps=4))
-    before, log = Path("run/ckpt.pt").read_bytes(), Path("run/log.jsonl").stat().st_size
-    said = full_at(len(before) // 2, run, replace(small_run, resume=True))
-    assert "ckpt.pt can't be written, and is as it was" in said
-    assert "too large" in full_at(log + 100, run, replace(small_run, resume=True, eval_every=99))
-    assert Path("run/ckpt.pt").read_bytes() == before and not list(folder.rglob("*.part"))
-    assert len(run(replace(small_run, resume=True))) == 12
-    data = contents("data/text")
-    assert "train.bin can't be written" in full_at(10_000, prepare, DataConfig("text.txt"))
-    assert contents("data/text") == data
-
-
-@posix
-def test_a_folder_has_one_owner_and_is_free_after_a_crash_or_an_error(small_run, monkeypatch):
-    Path("run").mkdir()
-    with open("run/lock", "a") as lock:  # closed by the system when its process ends
-        train.lock_file(lock, "run")
-        with pytest.raises(UserError, match="in use .* --out_dir"):
-            run(small_run)
-        assert [p.name for p in Path("run").iterdir()] == ["lock"]
-    with patch.object(train, "learning_rate", side_effect=KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt) as kept:
-            run(small_run)
-    assert len(run(small_run)) == 12 and kept
-
-
-@posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("max_steps, stops_after", [(4, 3), (2, 2)])
-def test_a_signal_saves_and_says_how_to_go_on(small_run, script, monkeypatch, capfd, number,
-                                              max_steps, stops_after):
-    # The fixture script puts the handlers of signals back.
-    evaluate = train.evaluate
-
-    def interrupted(*args):  # in the evaluation after step 2, which may be the last
-        monkeypatch.setattr(train, "evaluate", evaluate)
-        signal.raise_signal(number)
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    flags = as_flags(replace(small_run, eval_every=2, max_steps=max_steps, out_dir="a run"))
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--overwrite"])
-    with pytest.raises(SystemExit) as ended:
-        train.main()
-    assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process at once
-    printed = capfd.readouterr()
-    assert ended.value.code == 128 + number and "KV cache" not in printed.out  # no report
-    again = prepare_data.command("python", "train.py", *flags, "--resume")
-    said = f"stopped after step {stops_after}, saved; to go on: {again}"
-    assert printed.err.splitlines()[-1] == said
-    history = train.load_checkpoint(Path("a run/ckpt.pt"))["history"]
-    assert len(history) == len(read_log("a run")) == stops_after
-
-
-def train_to_be_killed(config, seed):
-    """In a process of its own, with a disk that is slow at random: most kills hit a write."""
-    rng, fsync, rename = np.random.default_rng(seed), os.fsync, os.replace
-    os.fsync = lambda fd: (time.sleep(rng.uniform(0, 0.02)), fsync(fd))
-    os.replace = lambda a, b: (time.sleep(rng.uniform(0, 0.02)), rename(a, b))
-    torch.set_num_threads(1)
-    train.train(config, verbose=False)
-
-
-@posix
-@pytest.mark.parametrize("kills", [2, pytest.param(42, marks=slow)])
-def test_killed_anywhere_it_goes_on_to_the_same_bits(small_run, monkeypatch, kills):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))  # the fork server imports this file once, for all
-    config = replace(small_run, max_steps=10 + 2 * kills, eval_every=1, attention="svformer+gqa")
-    run(config)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_model"])
-    config, part = replace(config, out_dir="killed", resume=True), Path("killed/ckpt.pt.part")
-    rng = np.random.default_rng(0)
-    for i in range(kills + 1):  # the last one is left to end by itself
-        part.unlink(missing_ok=True)
-        process = context.Process(target=train_to_be_killed, args=(config, i))
-        process.start()
-        if i < kills:
-            while process.is_alive() and not part.exists():  # wait for a write
-                time.sleep(0.002)
-            process.join(rng.uniform(0, 0.03))
-            process.kill()
-        process.join()
-    assert process.exitcode == 0
-    torch.testing.assert_close(state("killed"), state("run"), rtol=0, atol=0)
