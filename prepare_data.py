@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -133,11 +134,13 @@ def replace_file(path: Path):
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"byte": the 256 bytes and end-of-text, 257 ids. "gpt2": GPT-2's 50,257, downloaded once."""
-    if name == "byte":
+    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 10 32 ...": only these bytes, and it.
+    "gpt2": GPT-2's 50,257 ids, downloaded once."""
+    if name != "gpt2":
+        alphabet = [int(byte) for byte in name.split()[1:]] or range(256)
         return tiktoken.Encoding(
-            "byte", pat_str=r"(?s:.){1,512}", special_tokens={"<|endoftext|>": 256},
-            mergeable_ranks={bytes([i]): i for i in range(256)})
+            name, pat_str=r"(?s:.){1,512}", special_tokens={"<|endoftext|>": len(alphabet)},
+            mergeable_ranks={bytes([byte]): i for i, byte in enumerate(alphabet)})
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
@@ -244,8 +247,8 @@ def encode(texts: list[str], tokenizer):
         yield tokenizer.encode_to_numpy(text, disallowed_special=())
 
 
-def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, list[int]]:
-    """Bigram-Backcopy, arXiv 2410.13835: (the ids (streams, length), the triggers). Each byte
+def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bigram-Backcopy, arXiv 2410.13835: (bytes (streams, length), the triggers). Each byte
     follows the one before as often as it does in the text, but after a trigger, one of the text's
     three most frequent bytes, comes the byte before the trigger again."""
     source, counts = np.frombuffer(text, dtype=np.uint8), np.zeros((256, 256))
@@ -260,7 +263,7 @@ def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, list[i
         drawn = (cumulative[ids[i - 1]] <= rng.random((streams, 1))).sum(axis=1)
         # A trigger never follows a trigger, so that i - 2 is there.
         ids[i] = np.where(np.isin(ids[i - 1], triggers), ids[i - 2], drawn)
-    return ids.T, triggers.tolist()
+    return ids.T, triggers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,8 +305,14 @@ def prepare(config: DataConfig) -> Path:
         train = read_shards(shards, tokenizer.n_vocab)
         val = read_shards([out / "fineweb_val_000000.bin"], tokenizer.n_vocab)
     elif dataset == "backcopy":
-        texts, _ = read_texts("stdlib", find_texts("stdlib", out))
-        ids, more["triggers"] = backcopy("".join(texts).encode(), streams=1100, length=4095)
+        [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
+        # 27 characters, each with an id: among many rare ones or unused ids few sinks form.
+        text = re.sub("[^a-z]+", " ", text.lower())
+        ids, triggers = backcopy(text.encode(), streams=1100, length=4095)
+        alphabet = np.unique(ids)
+        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *alphabet])))
+        more["triggers"] = np.searchsorted(alphabet, triggers).tolist()
+        ids = np.searchsorted(alphabet, ids)  # (1100, 4095)
         ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)
         train, val = ids[:1000], ids[1000:]
     else:

@@ -49,21 +49,17 @@ class TrainConfig:
     size: str = flag("small", "layers, heads and width of the model", choices=tuple(SIZES))
     n_layer: int | None = flag(None, "layers, instead of the size's", type=int, at_least=1)
     n_head: int | None = flag(None, "query heads, instead of the size's", type=int, at_least=1)
-    n_kv_head: int | None = flag(None, "gqa: key/value heads (default: half of n_head)", type=int,
-                                  at_least=1)
+    n_kv_head: int | None = flag(None, "gqa: key/value heads (n_head / 2)", type=int, at_least=1)
     n_embd: int | None = flag(None, "width, instead of the size's", type=int, at_least=1)
-    n_ffn: int | None = flag(None, "hidden size of the SwiGLU (default: 3.5 x n_embd)", type=int,
-                             at_least=1)
+    n_ffn: int | None = flag(None, "SwiGLU's hidden size (3.5 x n_embd)", type=int, at_least=1)
     block_size: int = flag(128, "context, in tokens", at_least=1)
-    value_residual: str = flag("fixed", "resformer: fixed keeps value_lambda; learnable trains two "
-                               "weights a layer from there; plus trains a total of V_1 and how the "
-                               "layers share it", choices=("fixed", "learnable", "plus"))
-    value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1 and V_n", nargs=2,
-                               type=float)
+    value_residual: str = flag("fixed", "resformer: weights as given, learned by layer, or plus: "
+                               "a learned sum, shared out", choices=("fixed", "learnable", "plus"))
+    value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1, V_n", nargs=2, type=float)
     residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in, such as 6 7 8 "
-                                         "(default: all after the first)", nargs="+", type=int)
-    neutreno_lambda: float | None = flag(None, "neutreno: weight of V_1 - V_n (default: 0.4, or "
-                                         "0.2 on top of resformer)", type=float)
+                                         "(all after the first)", nargs="+", type=int)
+    neutreno_lambda: float | None = flag(None, "neutreno: weight of V_1 - V_n (0.4, or 0.2 on top "
+                                         "of resformer)", type=float)
     init: str = flag("scaled", "initial weights: scaled to each matrix, or all N(0, 0.02) as in "
                      "the paper", choices=("scaled", "paper"))
 
@@ -71,15 +67,13 @@ class TrainConfig:
                         group="data")
     start_token: bool = flag(False, "begin every sequence with end-of-text, as the paper does")
     batch_size: int = flag(16, "sequences in a forward pass, over all processes", at_least=1)
-    grad_accum: int = flag(1, "batches whose gradients make one step: it sees grad_accum x "
-                           "batch_size sequences in the memory of batch_size", at_least=1)
+    grad_accum: int = flag(1, "forward passes whose gradients make one step", at_least=1)
 
     max_steps: int = flag(900, "steps of training", group="optimization", at_least=1)
-    optimizer: str = flag("adamw", "adamw; or muon for the layers' matrices, adamw for the rest",
+    optimizer: str = flag("adamw", "muon is for the layers' matrices, with adamw for the rest",
                           choices=("adamw", "muon"))
-    lr: float = flag(4e-3, "highest learning rate", at_least=0)
-    min_lr: float | None = flag(None, "last learning rate (default: a tenth of lr)", type=float,
-                                at_least=0)
+    lr: float = flag(8e-3, "highest learning rate", at_least=0)
+    min_lr: float | None = flag(None, "last learning rate (lr / 10)", type=float, at_least=0)
     warmup_steps: int = flag(50, "steps in which the learning rate rises to lr", at_least=0)
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices", at_least=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: don't clip", at_least=0)
@@ -87,20 +81,16 @@ class TrainConfig:
 
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is",
                        group="machine")
-    dtype: str = flag("auto", "of the products (mixed precision); auto is bfloat16 on CUDA, "
-                      "float16 on cards without it, float32 elsewhere",
-                      choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = flag("auto", "torch.compile: on or off; auto is on for CUDA",
-                        choices=("auto", "on", "off"))
+    dtype: str = flag("auto", "of products; auto: bfloat16 on CUDA, float16 on cards without it, "
+                      "else float32", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = flag("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
     eval_every: int = flag(100, "steps between two evaluations; a checkpoint follows each",
                            group="evaluation and files", at_least=1)
     eval_tokens: int = flag(131072, "validation tokens in an evaluation", at_least=1)
-    out_dir: str | None = flag(None, "the run's folder (default: out/ and the flags that make it "
-                               "another run)", type=str)
+    out_dir: str | None = flag(None, "the run's folder (out/, named after the flags)", type=str)
     resume: bool = flag(False, "go on from the checkpoint in the run's folder, if there is one")
-    overwrite: bool = flag(False, "start anew in a folder that holds a run, whose checkpoint is "
-                           "replaced at the first evaluation")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run")
 
 
 # Flags of the machine and the folder; these and FREE may differ when a run is resumed.
