@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from model import DECODING, USED_BY, GPT, GPTConfig, KVCache
-from prepare_data import UserError, flag, one_line_errors, parse_flags, replace_file
+from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (PLACE, WORLD, TrainConfig, check, compiled, load_data, make_model,
                    make_optimizers, model_config, pick_device, pick_dtype, train, windows)
 
@@ -300,23 +300,28 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             f"decoding at {context:,}": (decode_16, 16 * n)}
 
 
-def measure_speed(runs: list, config: BenchConfig, device) -> dict:
-    """{variant: {task: [tokens per second, ratio to the first variant's]}}, timed in turns."""
+def print_speed(runs: list, config: BenchConfig, device):
+    """Times each variant in turns with the first, and prints the ratio and tokens per second."""
     _, _, meta = load_data(config)
     first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
-    found = {}
+    rows = {}
     for variant, run in tqdm(runs, desc="speed"):
         tasks = speed_tasks(run, config, meta["vocab_size"], device)
-        found[variant] = {}
+        rows[variant] = {}
         for name, (function, tokens) in tasks.items():
             rounds = [(timed(first[name][0], device), timed(function, device))
                       for _ in range(config.rounds + 1)]
             firsts, own = np.transpose(rounds[1:])  # the first round warms up
-            rate = tokens / np.median(own)
-            ratio = np.median(firsts / own)
-            found[variant][name] = [round(rate, 1), round(ratio, 3)]
+            rate, ratio = tokens / np.median(own), np.median(firsts / own)
+            rows[variant][name] = f"{ratio:.2f} ({rate:,.0f})"
         del tasks, function  # a cache may be most of the memory
-    return found
+    print_table(f"Speed over {runs[0][0]}'s (tokens per second) on {machine_name(device)}", rows)
+
+
+def machine_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def timed(function, device) -> float:
@@ -441,12 +446,6 @@ def print_results(table: dict):
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
 
 
-def print_speed(speed: dict):
-    rows = {variant: {task: f"{ratio:.2f} ({rate:,.0f})" for task, (rate, ratio) in tasks.items()}
-            for variant, tasks in speed["speed"].items()}
-    print_table(f"Speed over the first variant's (tokens per second) on {speed['machine']}", rows)
-
-
 def print_caches(runs: list, contexts: tuple):
     # One token, without storage; the vocabulary does not matter.
     sizes = {variant: KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
@@ -566,12 +565,9 @@ def measure(config: BenchConfig):
     if "cache" in config.parts:
         print_caches(first_seed, config.contexts)
     folder, device = Path(config.out_dir), pick_device(config.device)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    about = dict(code=fingerprint(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
-                 machine=machine)
     if "loss" in config.parts:
+        about = dict(code=fingerprint(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
+                     machine=machine_name(device))
         # Every flag that all runs of the folder share, as a line of JSON gives it back.
         shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
                   if f.name not in (*PLACE, "attention", "seed")}
@@ -598,10 +594,9 @@ def measure(config: BenchConfig):
             with open(folder / "results.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             shutil.rmtree(run.out_dir)
+        show(folder, config.variants)
     if "speed" in config.parts:
-        speed = about | dict(speed=measure_speed(first_seed, config, device))
-        with replace_file(folder / "speed.json") as f:
-            f.write(json.dumps(speed).encode())
+        print_speed(first_seed, config, device)
 
 
 def show(folder: Path, variants: tuple):
@@ -619,8 +614,6 @@ def show(folder: Path, variants: tuple):
     if table:
         print_results(table)
         draw(table, folder)
-    if (folder / "speed.json").exists():
-        print_speed(json.loads((folder / "speed.json").read_bytes()))
 
 
 def main():
@@ -636,8 +629,6 @@ def main():
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     measure(config)
-    if config.parts != ("cache",):
-        show(Path(config.out_dir), config.variants)
 
 
 if __name__ == "__main__":

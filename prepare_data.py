@@ -364,5 +364,5 @@ if __name__ == "__main__":
         config, _ = parse_flags(DataConfig, __doc__)
         folder = prepare(config)
         train, val, meta = load(str(folder))
-        print(f"{folder}: {len(train):,} tokens for training, {len(val):,} for validation, "
-              f"{meta['tokenizer']} tokenizer")
+        print(f"{folder}: {len(train):,} tokens for training, {len(val):,} for validation, of "
+              f"{meta['vocab_size']:,} different ones")

@@ -1087,7 +1087,7 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     assert printed.count(gap) == 2  # at the end of training, and as the last of the quarters
     weights = np.mean([r["value_lambdas"]["2"] for r in (runs[1], runs[4])], axis=0)
     assert "layer 2: {:.2f} {:.2f}".format(*weights) in printed and "| 38%" in printed
-    assert "| step 2 " in printed and "Speed over the first" in printed
+    assert "| step 2 " in printed and "Speed over vanilla's" in printed
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
     asked += ("--parts", "loss")
