@@ -90,8 +90,7 @@ def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
                     if user not in own.attention.split("+"):
                         del flags[name]  # the variant does not use it
                 flags |= {name: getattr(own, name) for name in given}
-                folder = f"{config.out_dir}/runs/{variant.replace(' ', '_')}-{seed}"
-                run = TrainConfig(**flags | dict(seed=seed, out_dir=folder, overwrite=False))
+                run = TrainConfig(**flags | dict(seed=seed, overwrite=False))
                 check(run)
             except UserError as error:
                 raise UserError(f"--variants {variant}: {error}") from None
@@ -578,16 +577,21 @@ def measure(config: BenchConfig):
             shutil.rmtree(folder / "runs", ignore_errors=True)
             (folder / "results.jsonl").unlink(missing_ok=True)
         records = read_records(folder)
+        before = records[0]["flags"] if records else shared
         for name, value in shared.items():
-            if records and records[0]["flags"].get(name, value) != value:
-                raise UserError(f"--{name} is {value}, but {folder} holds runs with "
-                                f"{records[0]['flags'][name]}: choose another --out_dir, or "
-                                "--overwrite")
+            # A flag that is newer than the runs had its default there.
+            then = before.get(name, getattr(BenchConfig, name, None))
+            if then != value:
+                raise UserError(f"--{name} is {value}, but {folder} holds runs with {then}: choose "
+                                "another --out_dir, or --overwrite")
         load_data(config)
+        # What a stopped bench has left is gone on with only by the same code and flags.
+        key = hashlib.sha256(json.dumps([shared, about["code"]]).encode()).hexdigest()[:12]
         done = {(record["variant"], record["seed"]) for record in records}
         for i, (variant, run) in enumerate(runs, start=1):
             if (variant, run.seed) in done:
                 continue
+            run.out_dir = f"{folder}/runs/{key}-{variant.replace(' ', '_')}-{run.seed}"
             title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
             numbers = measure_run(run, config.questions, title)
             record = dict(variant=variant, seed=run.seed, flags=shared) | about | numbers
@@ -622,9 +626,9 @@ def main():
         raise UserError("bench.py measures on one process: start it without torchrun")
     if config.show is not None:
         folder = Path(config.show)
-        if not folder.is_dir():
-            raise UserError(f"--show {folder}: there is no such folder")
         found = tuple(dict.fromkeys(record["variant"] for record in read_records(folder)))
+        if not found:
+            raise UserError(f"--show {folder}: there is no results.jsonl with runs")
         return show(folder, config.variants if "variants" in given else found)
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})

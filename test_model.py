@@ -1114,10 +1114,17 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
     assert "different versions of the code" in small_bench(*asked, "gqa")
     assert "WARNING" not in small_bench(*asked, "gqa", "--overwrite", "--lr", "1e-3")
     assert {r["code"] for r in bench.read_records(Path("b"))} == {"edited"}
-    assert "| no seed" not in small_bench(*asked, "cla", "--seeds", "2", "--lr", "1e-3")
+    learning_rate, other = train.learning_rate, ("--out_dir", "c", "--eval_every", "1")
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(train, "learning_rate",
+                        lambda c, step: learning_rate(c, step) if step < 4 else cut_save(0, Mock()))
+        small_bench(*asked, *other)
+    small_bench(*asked, *other, "--max_steps", "5")  # starts anew: it is another run
+    straight = small_bench(*asked, *other, "--max_steps", "5", "--out_dir", "d")
+    assert straight == small_bench("--show", "c").replace("c/", "d/")
     with open("b/results.jsonl", "a") as f:
         f.write('{"variant": "van')  # killed in a write
-    with pytest.raises(UserError, match="results.jsonl, line 5 can't be read"):
+    with pytest.raises(UserError, match="results.jsonl, line 3 can't be read"):
         small_bench("--show", "b")
 
 
