@@ -431,7 +431,8 @@ def print_results(table: dict):
             deeper[variant][measure] = cell(runs, first, lambda r: deeper_half(r, measure), digits)
     baseline = even(flags["block_size"], one["value_width"])
     layer_1["even, random"] = {measure: f"{baseline[measure]:.{digits}f}"
-                               for measure, (_, digits) in MEASURES.items()}
+                               for measure, (_, digits) in MEASURES.items()
+                               if measure != "eigenvalue"}  # which depends on the values' size
     print_table(f"Attention in layer 1; {minus}", layer_1)
     print_table("Attention, mean of the deeper half of the layers, but importance: the largest of "
                 f"all layers; {minus}", deeper)

@@ -134,12 +134,15 @@ def replace_file(path: Path):
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 10 32 ...": only these bytes, and it.
-    "gpt2": GPT-2's 50,257 ids, downloaded once."""
+    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these, letters such as
+    ASCII has, and end-of-text; encoding leaves others out. "gpt2": 50,257 ids, downloaded once."""
     if name != "gpt2":
-        alphabet = [int(byte) for byte in name.split()[1:]] or range(256)
+        alphabet, pattern = range(256), "(?s:.)"
+        if name != "byte":
+            alphabet = [int(byte) for byte in name.split()[1:]]
+            pattern = f"[{re.escape(bytes(alphabet).decode())}]"
         return tiktoken.Encoding(
-            name, pat_str=r"(?s:.){1,512}", special_tokens={"<|endoftext|>": len(alphabet)},
+            name, pat_str=pattern + "{1,512}", special_tokens={"<|endoftext|>": len(alphabet)},
             mergeable_ranks={bytes([byte]): i for i, byte in enumerate(alphabet)})
     try:
         return tiktoken.get_encoding("gpt2")

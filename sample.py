@@ -45,10 +45,10 @@ def main():
     if prompt.startswith("FILE:"):
         prompt = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8", errors="replace")
     ids = tokenizer.encode(prompt, disallowed_special=())
-    if not ids:
-        raise UserError("--prompt has no text")
     if ckpt["config"].get("start_token"):  # as in training
         ids = [tokenizer.eot_token, *ids]
+    if not ids:
+        raise UserError("--prompt has no text that the model's tokenizer knows")
     idx = torch.tensor([ids], device=device)  # (1, T)
 
     start = time.perf_counter()

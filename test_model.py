@@ -524,6 +524,7 @@ def test_backcopy_follows_its_two_rules(folder, web, monkeypatch):
     assert tokenizer.eot_token == end == train_ids[4095] == max(val_ids) and end <= 27
     both = np.concatenate((train_ids, val_ids))
     assert np.array_equal(np.unique(both), range(end + 1))  # each id occurs
+    assert tokenizer.encode("é\nthe!") == tokenizer.encode("the")  # others are left out
     stream = tokenizer.decode(train_ids[:4095]).encode()
     triggers = tokenizer.decode(meta["triggers"]).encode()
     for before, at, after in zip(stream, stream[1:], stream[2:]):

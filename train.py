@@ -437,7 +437,9 @@ def report(config: TrainConfig, model: GPT, history: list[dict]):
           f"{last['bits_per_byte']:.4f} bits per byte\n"
           f"KV cache: {cache:,} bytes per token in float32, {cache / vanilla:.0%} of vanilla's")
     tokenizer = get_tokenizer(load(config.dataset)[2]["tokenizer"])
-    prompt = [tokenizer.eot_token] if config.start_token else tokenizer.encode("\n")
+    prompt = tokenizer.encode("\n")
+    if config.start_token or not prompt:  # the letters of backcopy have no line break
+        prompt = [tokenizer.eot_token]
     prompt = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
     ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
     print(f"A sample of its text (more: python sample.py --out_dir {run_folder(config)}):\n"
