@@ -21,9 +21,8 @@ import json
 import math
 import platform
 import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
