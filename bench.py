@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from model import DECODING, USED_BY, GPT, GPTConfig, KVCache
 from prepare_data import UserError, flag, one_line_errors, parse_flags
-from train import (PLACE, WORLD, TrainConfig, check, compiled, load_data, make_model,
-                   make_optimizers, model_config, pick_device, pick_dtype, train, windows)
+from train import (PLACE, WORLD, TrainConfig, check, compile_model, load_data, make_optimizers,
+                   model_config, pick_device, pick_dtype, train, windows)
 
 SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
            "cla", "svformer+gqa", "cla+gqa")
@@ -219,9 +219,9 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device, start_id
     return right / questions
 
 
-def measure_run(run: TrainConfig, questions: int, title: str) -> dict:
+def measure_run(run: TrainConfig, questions: int) -> dict:
     """Trains a model; what a record says of it."""
-    model, history = train(run, title, verbose=False)
+    model, history = train(run, verbose=False)
     model.requires_grad_(False)
     c, device = model.config, model.lm_head.weight.device
     _, data, meta = load_data(run)
@@ -268,13 +268,14 @@ def fingerprint() -> str:
 
 def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
     """{what is timed: (a function that does it, its tokens)}"""
-    model, dtype = make_model(run, vocab_size, device), pick_dtype(run, device)
-    fast_model, optimizers = compiled(model, run, device), make_optimizers(model, run)
+    model, dtype = GPT(model_config(run, vocab_size)).to(device), pick_dtype(run, device)
+    optimizers = make_optimizers(model, run)
+    compile_model(model, run, device)
     batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
 
     def train_step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss = fast_model(*batch)
+            _, loss = model(*batch)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -592,9 +593,9 @@ def measure(config: BenchConfig):
             if (variant, run.seed) in done:
                 continue
             run.out_dir = f"{folder}/runs/{key}-{variant.replace(' ', '_')}-{run.seed}"
-            title = f"run {i} of {len(runs)}: {variant}, seed {run.seed}"
-            numbers = measure_run(run, config.questions, title)
-            record = dict(variant=variant, seed=run.seed, flags=shared) | about | numbers
+            print(f"run {i} of {len(runs)}: {variant}, seed {run.seed}", flush=True)
+            record = dict(variant=variant, seed=run.seed, flags=shared) | about
+            record |= measure_run(run, config.questions)
             with open(folder / "results.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             shutil.rmtree(run.out_dir)

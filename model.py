@@ -4,10 +4,11 @@
 What is special about this model:
 - The block is Llama's: RMSNorm before each half, rotary positions, SwiGLU, no biases, no dropout,
   untied embeddings. Parameters carry the names of Hugging Face's Llama.
-- One class, `Attention`, holds all the variants. A layer is handed the keys and values of the layer
-  below and those of layer 1. It uses them, or computes its own, as its variant says.
+- One class, `Attention`, holds all variants but DenseFormer, which is in GPT.hidden_states. A layer
+  is handed the keys and values of the layer below and those of layer 1; owns_k and owns_v say which
+  layers have their own.
 - The KV cache allocates the tensors that the variant needs and no others.
-- The loss never holds all logits, whatever the size of the vocabulary.
+- The loss makes the logits an eighth of the tokens at a time, so that they never fill the memory.
 
 Layers are counted from 1, as in the paper. In shapes, B is the batch, T the new tokens, S the
 cached and the new ones, C the width (n_embd), nh the query heads, nkv the key/value
@@ -129,7 +130,6 @@ class Attention(nn.Module):
     """Causal self-attention of layer n, for every variant.
 
     A_n = softmax(Q_n K_n^T / sqrt(hs)) under the causal mask. U_n is what the heads hand to o_proj.
-    Only DenseFormer is elsewhere: it mixes the outputs of blocks, see GPT.hidden_states.
     """
 
     def __init__(self, config: GPTConfig, n: int):
@@ -179,16 +179,16 @@ class Attention(nn.Module):
             keys = torch.cat((k1, k), dim=2)  # (B, nkv, 2 S, hs)
             values = torch.cat((v1, v), dim=2)
             mask = torch.cat((mask, mask), dim=1)  # (T, 2 S)
-        # GQA, arXiv 2305.13245: query head i reads key/value head i // groups. A single query reads
-        # them where they are; for more they are repeated, because not every card has a kernel that
-        # needs no T x S scores for heads in groups.
+        # GQA, arXiv 2305.13245: query head i reads key/value head i // groups. One query reads them
+        # in place. For more, K and V are repeated: not every GPU has a memory-saving kernel for
+        # grouped heads.
         groups = c.n_head // c.kv_heads
         if groups > 1 and T > 1:
             keys = keys.repeat_interleave(groups, dim=1)  # (B, nh, S, hs)
             values = values.repeat_interleave(groups, dim=1)
-        # Without a mask, a single query sees all S keys, and T of them, when nothing was cached
-        # before, see those up to their own. is_causal counts from the first key: with cached ones
-        # before T > 1 new ones it would be wrong, and there is a mask.
+        # No mask is needed for one query, which sees all S keys, or with an empty cache, where
+        # is_causal is right. is_causal aligns to the first key, so several new tokens after cached
+        # ones need a mask.
         u = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=T > 1 and mask is None,
             enable_gqa=groups > 1 and T == 1)  # (B, nh, T, hs)
@@ -277,8 +277,8 @@ class KVCache:
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of the tokens' cross-entropies, in nats, from x (N, C), weight (V, C), targets (N,).
-    All logits, (N, V), would be most of a step's memory. But their gradient, softmax minus one-hot,
-    is known at once: an eighth of them is made, turned into gradients, and forgotten."""
+    Full logits (N, V) would take most of a step's memory. Their gradient is softmax minus one-hot,
+    so forward computes it at once, N / 8 tokens at a time, and backward only scales it."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
@@ -327,8 +327,8 @@ class GPT(nn.Module):
             self.depth_weights = nn.ParameterList(torch.eye(n + 1)[n].clone() for n in layers)
         self.mixing = []  # ResFormer: the layers that mix V_1 into their own values
         if "resformer" in config.variants:
-            self.mixing = [n for n in sorted(config.residual_layers or layers)
-                           if n > 1 and owns_v(config, n)]
+            own = [n for n in layers if n > 1 and owns_v(config, n)]
+            self.mixing = sorted(set(config.residual_layers or own))
         if self.mixing and config.value_residual != "fixed":
             l1, l2 = config.value_lambda
             self.value_l1 = nn.Parameter(torch.full((len(self.mixing),), float(l1)))
@@ -374,11 +374,9 @@ class GPT(nn.Module):
         """idx (B, T) -> what lm_head reads, (B, T, C). Appends T tokens to the cache, if given."""
         T = idx.size(1)
         past = 0 if cache is None else cache.length
-        if cache is None:
-            require(T <= self.config.block_size, f"idx has {T} tokens, more than block_size")
-        else:
-            require(past + T <= cache.max_len, f"idx and cache: {past} + {T} exceed max_len")
-            require(len(idx) == cache.batch_size, f"cache is for {cache.batch_size} sequences")
+        limit = self.config.block_size if cache is None else cache.max_len
+        require(past + T <= limit, f"{past + T} tokens: block_size or max_len allows {limit}")
+        require(cache is None or len(idx) == cache.batch_size, "idx and cache differ in batch size")
         x = self.embed_tokens(idx)  # (B, T, C)
         rope = rotary_table(past, T, self.config.head_dim, like=x)
         mask = None
@@ -393,7 +391,8 @@ class GPT(nn.Module):
             if n == 1:
                 first = kv
             if "denseformer" in self.config.variants:
-                # DenseFormer, arXiv 2402.02622: X_n = sum over i = 0 .. n of a_{n,i} X_i
+                # DenseFormer, arXiv 2402.02622: block n + 1 reads Y_n = sum over i = 0 .. n of
+                # a_{n,i} X_i, where X_0 is the embedding and X_i what block i gives.
                 outputs.append(x)
                 x = sum(a * X for a, X in zip(self.depth_weights[n - 1], outputs))
         if cache is not None:
@@ -402,11 +401,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), (None, the mean
-        cross-entropy in nats per token), where targets of -100 do not count.
+        cross-entropy in nats per token), where targets of -100 do not count; NaN if none counts.
 
-        The loss reads lm_head.weight and calls no hooks of lm_head. ValueError if the tokens exceed
-        block_size or, with a cache, its max_len; if targets have another shape than idx; and for a
-        loss where lm_head has been replaced by something else than a plain Linear without bias."""
+        With a cache: under torch.no_grad. The loss reads lm_head.weight and calls no hooks of
+        lm_head. ValueError if the tokens exceed block_size or, with a cache, its max_len; if targets
+        have another shape than idx; for a loss where lm_head is no plain Linear without bias."""
         x = self.hidden_states(idx, cache)
         if targets is None:
             return self.lm_head(x), None
@@ -422,11 +421,11 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, use_cache=True):
         """Continues idx (B, T) int64; yields the next tokens (B,) as soon as they are drawn.
 
-        temperature and top_k: see `draw`; ValueError, at the first token, if they are out of range.
-        A seed fixes the text. use_cache=False: the same text, slowly. When the window of block_size
-        tokens is full, its last half is read again from position 0; a longer prompt is cut
-        likewise. Not compiled: S grows with each token, and every new shape would be compiled anew.
-        """
+        temperature and top_k: see `draw`; ValueError, at the first token, if they are out of range
+        or idx is empty. A seed fixes the text. use_cache=False: the same text, slowly. When the
+        window of block_size tokens is full, its last half is read again from position 0; a longer
+        prompt is cut likewise."""
+        require(idx.size(1) > 0, "idx must hold at least one token")
         require(temperature >= 0, f"temperature must be 0 or more, not {temperature}")
         require(top_k is None or top_k > 0, f"top_k must be at least 1, not {top_k}")
         full = self.config.block_size
@@ -447,7 +446,7 @@ class GPT(nn.Module):
             yield token
 
     def num_params(self) -> int:
-        """Trainable parameters, the 2 V C of embed_tokens and lm_head among them."""
+        """The number of parameters, the 2 V C of embed_tokens and lm_head among them."""
         return sum(p.numel() for p in self.parameters())
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.float32) -> int:

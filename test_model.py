@@ -43,7 +43,7 @@ COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+gqa", "res
                 "resformer+neutreno+denseformer+cla+gqa"]
 ABLATIONS = {
     "resformer 0.3 0.9": dict(attention="resformer", value_lambda=(0.3, 0.9)),
-    "resformer on 3 and 5": dict(attention="resformer", residual_layers=(5, 3)),
+    "resformer on 3 and 5": dict(attention="resformer", residual_layers=(5, 3, 5)),
     "learnable": dict(attention="resformer+neutreno", value_residual="learnable"),
     "learnable on 2 and 4": dict(attention="resformer+denseformer", value_residual="learnable",
                                  residual_layers=(2, 4)),
@@ -95,7 +95,7 @@ def reference_rope(x):  # (T, hs)
 def reference_lambdas(c, P, n):
     """The weights of V_1 and V_n in layer n, counted from 1; None if it doesn't mix them."""
     own_values = range(3, c.n_layer + 1, 2) if "cla" in c.attention else range(2, c.n_layer + 1)
-    layers = sorted(c.residual_layers or own_values)
+    layers = sorted(set(c.residual_layers or own_values))
     if "resformer" not in c.attention or n not in layers:
         return None
     if c.value_residual == "fixed":
@@ -387,17 +387,18 @@ def test_draw_follows_the_softmax_of_the_top_k():
         assert draw(logits[:50] * 1e4, temperature, 9).eq(0).all()
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0)])
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0),
+                                 dict(idx=tokens(T=0))])
 def test_generates_bad_arguments_are_named(bad):
     with pytest.raises(ValueError, match=f"^{list(bad)[0]}"):
-        next(tiny_model("svformer").generate(tokens(), 9, **bad))
+        next(tiny_model("svformer").generate(**dict(idx=tokens(), max_new_tokens=9) | bad))
 
 
 def test_an_input_that_does_not_fit_is_refused():
     model = tiny_model("svformer")
-    with pytest.raises(ValueError, match="^idx has 33 tokens, more than block_size"):
+    with pytest.raises(ValueError, match="^33 tokens: block_size or max_len allows 32"):
         model(tokens(T=33))
-    for idx, said in ((tokens(T=9), "exceed max_len"), (tokens(B=3, T=8), "is for 2 sequences")):
+    for idx, said in ((tokens(T=9), "^9 tokens:.* allows 8"), (tokens(B=3, T=8), "differ in batch")):
         with pytest.raises(ValueError, match=said):
             model(idx, cache=KVCache(model.config, 2, 8))
 
@@ -685,14 +686,29 @@ def test_mixed_precision_is_close(small_run, dtype):
     assert rounded[-1]["val_loss"] != exact[-1]["val_loss"]
 
 
-def test_a_float16_step_that_overflows_is_left_out(small_run, monkeypatch):
-    too_large = partial(torch.amp.GradScaler, init_scale=2.0**125)
-    monkeypatch.setattr(torch.amp, "GradScaler", too_large)
-    run(replace(small_run, dtype="float16", max_steps=1))
+@pytest.mark.parametrize("broken", [None, "q_proj", "lm_head"])
+def test_a_float16_step_that_overflows_is_left_out_by_both_optimizers(small_run, monkeypatch,
+                                                                      broken):
+    init_scale = 2.0**8
+    if broken is None:
+        init_scale = 2.0**125
+    else:  # one gradient overflows, of Muon's matrices or of AdamW's
+        average = train.average_over_processes
+
+        def overflow(tensors):
+            if len(tensors) > 1:
+                tensors[{"q_proj": 3, "lm_head": -1}[broken]].fill_(math.inf)
+            average(tensors)
+
+        monkeypatch.setattr(train, "average_over_processes", overflow)
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        partial(torch.amp.GradScaler, init_scale=init_scale))
+    config = replace(small_run, dtype="float16", max_steps=1, optimizer="muon")
+    run(config)
     weights, _, scaler, _ = state("run")
-    start, _ = fresh_model_and_batches(small_run)
+    start, _ = fresh_model_and_batches(config)
     torch.testing.assert_close(weights, start.state_dict(), rtol=0, atol=0)
-    assert scaler["scale"] == 2.0**124
+    assert scaler["scale"] == init_scale / 2
 
 
 def test_learning_rate_rises_then_follows_a_cosine():
@@ -703,6 +719,9 @@ def test_learning_rate_rises_then_follows_a_cosine():
     assert rates[12] == rates[13] == pytest.approx(0.2)
     assert train.learning_rate(replace(config, min_lr=None), 12) == pytest.approx(0.1)
     assert train.learning_rate(replace(config, warmup_steps=20), 12) == pytest.approx(13 / 20)
+    for optimizer, lr in (("adamw", 8e-3), ("muon", 1.6e-2)):
+        config = TrainConfig(optimizer=optimizer, warmup_steps=0)
+        assert train.learning_rate(config, 0) == lr
 
 
 def test_steps_are_adamw_on_the_whole_batch_with_clipping_and_no_decay_of_vectors(small_run):
@@ -769,7 +788,7 @@ def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_token
         if start_token:
             text = torch.cat((torch.tensor([[256]]), text[:, :32]), dim=1)
         each.append(model(text[:, :-1], text[:, 1:])[1].item())
-    assert got.item() == pytest.approx(np.mean(each), rel=1e-6)
+    assert got == pytest.approx(np.mean(each), rel=1e-6)
 
 
 def test_with_a_start_token_every_sequence_begins_with_end_of_text(small_run, monkeypatch):
@@ -782,7 +801,7 @@ def test_with_a_start_token_every_sequence_begins_with_end_of_text(small_run, mo
 
     monkeypatch.setattr(GPT, "hidden_states", watched)
     config = replace(small_run, start_token=True, max_steps=2, eval_every=2)
-    bench.measure_run(config, 8, "")
+    bench.measure_run(config, 8)
     assert len(seen) > 4 and all(idx[:, 0].eq(256).all() for idx in seen)
     assert all(idx[:, 1:].ne(256).all() for idx in seen)
     assert max(idx.size(1) for idx in seen) == 32
@@ -842,7 +861,7 @@ def test_what_a_resumed_run_may_change(small_run, monkeypatch):
 @pytest.mark.parametrize("changes, words", [
     (dict(optimizer="Muon"), "--optimizer must be one of"), (dict(compile=False), "--compile must"),
     (dict(dtype="int8"), "--dtype must be one of"), (dict(size="big"), "--size must be one of"),
-    (dict(lr=np.float64(1e-2)), "--lr must be a plain value"), (dict(lr=None), "--lr must be a"),
+    (dict(lr=np.float64(1e-2)), "--lr must be a plain value"), (dict(seed=None), "--seed must be"),
     (dict(value_lambda=(np.float64(1), 1.0)), "--value_lambda must be a plain value"),
     (dict(out_dir=Path("x")), "--out_dir must be a plain value"),
     (dict(eval_every=0), "--eval_every must be a finite number of at least 1"),
@@ -887,7 +906,7 @@ def test_what_this_machine_has_is_asked(monkeypatch):
         return train.pick_dtype(TrainConfig(**flags), torch.device(device))
 
     for place, name in ((torch.cuda, "set_device"), (torch, "set_float32_matmul_precision"),
-                        (torch, "zeros"), (torch, "compile")):
+                        (torch, "zeros")):
         monkeypatch.setattr(place, name, Mock())
     for name, rank, expected in (("cuda", 0, "cuda:0"), ("cuda:3", 0, "cuda:3"),
                                  ("cuda", 1, "cuda:1")):
@@ -908,8 +927,9 @@ def test_what_this_machine_has_is_asked(monkeypatch):
         dtype("mps", dtype="bfloat16")
     for choice, device, expected in (("auto", "cpu", False), ("auto", "cuda", True),
                                      ("off", "cuda", False), ("on", "cpu", True)):
-        got = train.compiled("model", TrainConfig(compile=choice), torch.device(device))
-        assert (got != "model") == expected
+        model = Mock()
+        train.compile_model(model, TrainConfig(compile=choice), torch.device(device))
+        assert model.compile.called == expected
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     train.check(TrainConfig())
     with pytest.raises(UserError, match="--optimizer muon needs torch 2.9"):
@@ -946,12 +966,12 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, mo
     run(replace(small_run, max_steps=4))
     ckpt = train.load_checkpoint(Path("run/ckpt.pt"))
     if broken == "val":
-        monkeypatch.setattr(train, "evaluate", lambda *_: torch.tensor(math.inf))
+        monkeypatch.setattr(train, "evaluate", lambda *_: math.inf)
     else:
         ckpt["model"][broken][0, 0] = math.nan
     torch.save(ckpt, "run/ckpt.pt")
     before = Path("run/ckpt.pt").read_bytes()
-    with pytest.raises(UserError, match="step (5|8): the loss is (nan|inf): try a lower --lr"):
+    with pytest.raises(UserError, match="step 8: the loss is not finite: try a lower --lr"):
         run(replace(small_run, resume=True))
     assert Path("run/ckpt.pt").read_bytes() == before
 
@@ -1122,7 +1142,7 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
         small_bench(*asked, *other)
     small_bench(*asked, *other, "--max_steps", "5")  # starts anew: it is another run
     straight = small_bench(*asked, *other, "--max_steps", "5", "--out_dir", "d")
-    assert straight == small_bench("--show", "c").replace("c/", "d/")
+    assert small_bench("--show", "c").replace("c/", "d/") in straight
     with open("b/results.jsonl", "a") as f:
         f.write('{"variant": "van')  # killed in a write
     with pytest.raises(UserError, match="results.jsonl, line 3 can't be read"):

@@ -6,7 +6,7 @@
     torchrun --standalone --nproc_per_node=2 train.py   one run on several processes or GPUs
 
 A run lives in a folder named after its flags: ckpt.pt, and log.jsonl, a line a step for people.
-A run that was stopped anywhere goes on from its last evaluation, on a CPU to the same bits.
+A stopped run goes on from its last evaluation; with the same flags, on a CPU, to the same bits.
 """
 
 import json
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import GPT, VARIANTS, GPTConfig
-from prepare_data import (DataConfig, UserError, check_values, flag, get_tokenizer, load,
-                          one_line_errors, parse_flags, prepare, replace_file, stream_text)
+from prepare_data import (DataConfig, UserError, check_values, flag, load, one_line_errors,
+                          parse_flags, prepare, replace_file)
 
 # The paper's sizes (its Table 4) and a small one; the SwiGLU is 3.5 times as wide as the model.
 SIZES = {
@@ -53,15 +53,15 @@ class TrainConfig:
     n_embd: int | None = flag(None, "width, instead of the size's", type=int, at_least=1)
     n_ffn: int | None = flag(None, "SwiGLU's hidden size (3.5 x n_embd)", type=int, at_least=1)
     block_size: int = flag(128, "context, in tokens", at_least=1)
-    value_residual: str = flag("fixed", "resformer: weights as given, learned by layer, or plus: "
-                               "a learned sum, shared out", choices=("fixed", "learnable", "plus"))
+    value_residual: str = flag("fixed", "resformer: how V_1 and V_n are weighted",
+                               choices=("fixed", "learnable", "plus"))
     value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1, V_n", nargs=2, type=float)
-    residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in, such as 6 7 8 "
-                                         "(all after the first)", nargs="+", type=int)
-    neutreno_lambda: float | None = flag(None, "neutreno: weight of V_1 - V_n (0.4, or 0.2 on top "
-                                         "of resformer)", type=float)
-    init: str = flag("scaled", "initial weights: scaled to each matrix, or all N(0, 0.02) as in "
-                     "the paper", choices=("scaled", "paper"))
+    residual_layers: tuple | None = flag(None, "resformer: layers that mix V_1 in (2 and above)",
+                                         nargs="+", type=int)
+    neutreno_lambda: float | None = flag(None, "neutreno: weight of V_1 - V_n (0.4, with resformer "
+                                         "0.2)", type=float)
+    init: str = flag("scaled", "initial weights: to each matrix's scale, or the paper's N(0, 0.02)",
+                     choices=("scaled", "paper"))
 
     dataset: str = flag("stdlib", "what prepare_data.py wrote: a name under data/, or a path",
                         group="data")
@@ -72,7 +72,8 @@ class TrainConfig:
     max_steps: int = flag(900, "steps of training", group="optimization", at_least=1)
     optimizer: str = flag("adamw", "muon is for the layers' matrices, with adamw for the rest",
                           choices=("adamw", "muon"))
-    lr: float = flag(8e-3, "highest learning rate", at_least=0)
+    lr: float | None = flag(None, "highest learning rate (8e-3, for muon 1.6e-2)", type=float,
+                            at_least=0)
     min_lr: float | None = flag(None, "last learning rate (lr / 10)", type=float, at_least=0)
     warmup_steps: int = flag(50, "steps in which the learning rate rises to lr", at_least=0)
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices", at_least=0)
@@ -81,8 +82,8 @@ class TrainConfig:
 
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is",
                        group="machine")
-    dtype: str = flag("auto", "of products; auto: bfloat16 on CUDA, float16 on cards without it, "
-                      "else float32", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = flag("auto", "of products; auto: 16 bits on CUDA, else float32",
+                      choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = flag("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
 
     eval_every: int = flag(100, "steps between two evaluations; a checkpoint follows each",
@@ -93,7 +94,8 @@ class TrainConfig:
     overwrite: bool = flag(False, "start anew in a folder that holds a run")
 
 
-# Flags of the machine and the folder; these and FREE may differ when a run is resumed.
+# Flags of the machine and the folder; these and FREE may differ when a run is resumed. Another
+# max_steps changes the learning rates that are left.
 PLACE = ("device", "dtype", "compile", "out_dir", "resume", "overwrite")
 FREE = ("max_steps", "eval_every", "eval_tokens")
 
@@ -128,29 +130,30 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
 # The training loop
 
 
-def train(config: TrainConfig, title: str = "", verbose: bool = True):
+def train(config: TrainConfig, verbose: bool = True):
     """Trains a model in its folder; returns the model and its history, a dict for each step:
     step, loss (nats per token), lr and seconds, after an evaluation also val_loss, bits_per_byte.
 
-    title labels the progress; verbose=False prints nothing but that. Raises UserError."""
+    ckpt.pt and log.jsonl are replaced after each evaluation, unless the loss is not finite.
+    verbose=False prints nothing but the progress. Raises UserError."""
     check(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train_data, val_data, meta = load_data(config)
-    model = make_model(config, meta["vocab_size"], device)
+    torch.manual_seed(config.seed)
+    model = GPT(model_config(config, meta["vocab_size"])).to(device)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = restore(config, meta, model, optimizers, scaler)
     run_folder(config).mkdir(parents=True, exist_ok=True)  # fails now, not at the first checkpoint
     start_id = meta["vocab_size"] - 1 if config.start_token else None  # end-of-text is the last
-    fast_model = compiled(model, config, device)
+    compile_model(model, config, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step_tokens = config.grad_accum * config.batch_size * config.block_size
     bar = tqdm(range(len(history), config.max_steps), initial=len(history), total=config.max_steps,
-               desc=title or None, disable=RANK > 0, unit="step",
-               mininterval=0.1 if sys.stderr.isatty() else 30)
+               disable=RANK > 0, unit="step", mininterval=0.1 if sys.stderr.isatty() else 30)
     verbose = verbose and RANK == 0
     if verbose:
         bar.write(f"{config.attention}: {model.num_params():,} parameters on {device}, "
@@ -163,35 +166,37 @@ def train(config: TrainConfig, title: str = "", verbose: bool = True):
         for starts in batch_starts(config, step, len(train_data)):
             x, y = windows(train_data, starts[RANK::WORLD], config.block_size, device, start_id)
             with autocast:
-                _, micro_loss = fast_model(x, y)
-            # Gradients add up over micro-batches, but the loss is a mean over all of them.
+                _, micro_loss = model(x, y)
+            # The loss is a mean over all micro-batches; their gradients add up.
             micro_loss = micro_loss / config.grad_accum
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         average_over_processes([loss, *(p.grad for p in model.parameters())])
 
-        # The update. In float16 the scaler leaves out a step whose gradients overflow.
+        # The update. Gradients that overflow in float16 are left out, and the scaler scales less.
         lr = learning_rate(config, step)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        if config.grad_clip > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            scaler.step(optimizer)
+            if norm.isfinite() or not scaler.is_enabled():
+                optimizer.step()
             optimizer.zero_grad()
         scaler.update()
 
         # The log; now and then an evaluation and a checkpoint.
-        record = dict(step=step + 1, loss=finite(loss, step), lr=lr,
-                      seconds=time.perf_counter() - start)
+        record = dict(step=step + 1, loss=loss.item(), lr=lr, seconds=time.perf_counter() - start)
         history.append(record)
         bar.set_postfix_str(f"loss {record['loss']:.3f}, "
                             f"{step_tokens / record['seconds']:,.0f} tokens/s", refresh=False)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
             with autocast:
-                val_loss = finite(evaluate(fast_model, val_data, config, device, start_id), step)
+                val_loss = evaluate(model, val_data, config, device, start_id)
+            if not math.isfinite(record["loss"] + val_loss):
+                raise UserError(f"step {step + 1}: the loss is not finite: try a lower --lr; the "
+                                "last checkpoint is as it was")
             bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
             record |= dict(val_loss=val_loss, bits_per_byte=bits)
             save(config, meta, model, optimizers, scaler, history)
@@ -199,14 +204,6 @@ def train(config: TrainConfig, title: str = "", verbose: bool = True):
                 bar.write(f"step {step + 1}: validation loss {val_loss:.4f} nats per token, "
                           f"{bits:.4f} bits per byte")
     return model, history
-
-
-def finite(loss: torch.Tensor, step: int) -> float:
-    """The loss as a number; UserError if it is none, so that no checkpoint is overwritten."""
-    if not math.isfinite(loss):
-        raise UserError(f"step {step + 1}: the loss is {loss.item()}: try a lower --lr; the last "
-                        "checkpoint is as it was")
-    return loss.item()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -248,21 +245,16 @@ def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device, start
     return ids[:, :-1], ids[:, 1:]
 
 
-def make_model(config: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
-    torch.manual_seed(config.seed)
-    return GPT(model_config(config, vocab_size)).to(device)
-
-
-def compiled(model: GPT, config: TrainConfig, device: torch.device):
-    """The model, compiled where --compile says so."""
-    if config.compile == "off" or config.compile == "auto" and device.type != "cuda":
-        return model
-    torch.compiler.reset()  # after 8 models in one process it would compile no more
-    return torch.compile(model)
+def compile_model(model: GPT, config: TrainConfig, device: torch.device):
+    """From its first call on, model(x, y) is compiled, where --compile says so."""
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        torch.compiler.reset()  # after 8 models in one process it would compile no more
+        model.compile()
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW; with --optimizer muon, Muon for the layers' matrices and AdamW for the rest."""
+    """AdamW; with --optimizer muon, Muon for the layers' matrices and AdamW for the rest. The loop
+    sets the learning rate."""
     matrices, vectors, hidden = [], [], []
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -273,26 +265,29 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
             matrices.append(p)
     optimizers = [torch.optim.AdamW(
         [dict(params=matrices, weight_decay=config.weight_decay),
-         dict(params=vectors, weight_decay=0.0)],
-        lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
-    if hidden:  # scaled so that AdamW's lr and weight_decay suit it too (arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay,
+         dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if hidden:  # its steps are as large as AdamW's of the same lr (arXiv 2502.16982)
+        optimizers.append(torch.optim.Muon(hidden, weight_decay=config.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """A linear warm-up to lr, then half a cosine down to min_lr; step counts from 0."""
-    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    high = config.lr
+    if high is None:  # vanilla's best in a sweep
+        high = 1.6e-2 if config.optimizer == "muon" else 8e-3
+    low = high / 10 if config.min_lr is None else config.min_lr
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return high * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return low + (config.lr - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return low + (high - low) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 @torch.no_grad()
-def evaluate(model, data, config: TrainConfig, device, start_id) -> torch.Tensor:
-    """Mean loss, in nats per token, over windows evenly spread over data: each time the same."""
+def evaluate(model, data, config: TrainConfig, device, start_id) -> float:
+    """Mean loss, in nats per token, over windows evenly spread over data: each time the same, for
+    the same eval_tokens, block_size and batch_size."""
     n = max(1, min(config.eval_tokens, len(data) - 1) // config.block_size)
     if n > config.batch_size:
         n -= n % config.batch_size  # batches of one shape, so that nothing compiles anew
@@ -304,7 +299,7 @@ def evaluate(model, data, config: TrainConfig, device, start_id) -> torch.Tensor
             _, loss = model(*windows(data, mine, config.block_size, device, start_id))
             total += loss * len(mine)
     average_over_processes([total])
-    return total * WORLD / n
+    return total.item() * WORLD / n
 
 
 # -------------------------------------------------------------------------------------------------
@@ -405,7 +400,8 @@ def save(config: TrainConfig, meta, model, optimizers, scaler, history):
 
 def restore(config: TrainConfig, meta, model, optimizers, scaler) -> list[dict]:
     """Loads the run's checkpoint, if there is one, and returns its history. UserError without
-    --resume, or if it is another run's. A flag that is newer than the run has its default there."""
+    --resume, or if it is another run's. A flag that is newer than the run has its default there.
+    All processes read it: several machines need a disk that all of them see."""
     folder = run_folder(config)
     if config.overwrite or not (folder / "ckpt.pt").exists():
         return []
@@ -430,20 +426,13 @@ def restore(config: TrainConfig, meta, model, optimizers, scaler) -> list[dict]:
 
 
 def report(config: TrainConfig, model: GPT, history: list[dict]):
-    """Prints the result of a run: its loss, its KV cache next to vanilla's, a sample of text."""
+    """Prints the result of a run: its loss, and its KV cache next to vanilla's."""
     c, last = model.config, history[-1]
     cache, vanilla = model.kv_bytes_per_token(), 2 * c.n_layer * c.n_embd * 4
     print(f"{c.attention}: validation loss {last['val_loss']:.4f} nats per token, "
           f"{last['bits_per_byte']:.4f} bits per byte\n"
-          f"KV cache: {cache:,} bytes per token in float32, {cache / vanilla:.0%} of vanilla's")
-    tokenizer = get_tokenizer(load(config.dataset)[2]["tokenizer"])
-    prompt = tokenizer.encode("\n")
-    if config.start_token or not prompt:  # the letters of backcopy have no line break
-        prompt = [tokenizer.eot_token]
-    prompt = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
-    ids = [int(token) for token in model.generate(prompt, 300, temperature=0.8, top_k=50, seed=1)]
-    print(f"A sample of its text (more: python sample.py --out_dir {run_folder(config)}):\n"
-          f"{'-' * 80}\n{''.join(stream_text(tokenizer, ids))}")
+          f"KV cache: {cache:,} bytes per token in float32, {cache / vanilla:.0%} of vanilla's\n"
+          f"Its text: python sample.py --out_dir {run_folder(config)}")
 
 
 if __name__ == "__main__":
