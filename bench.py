@@ -392,10 +392,11 @@ def print_table(title: str, rows: dict):
 def print_results(table: dict):
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
-    steps = [step for step, _ in one["val_curve"]]
+    flags, steps = one["flags"], [step for step, _ in one["val_curve"]]
+    # The evaluations nearest to each quarter of the training.
     quarters = sorted({min(range(len(steps)), key=lambda i: abs(steps[i] - steps[-1] * q / 4))
                        for q in (1, 2, 3, 4)})
-    losses, curves = {}, {}
+    losses, curves, layer_1, deeper = {}, {}, {}, {}
     for variant, runs in table.items():
         record = next(iter(runs.values()))
         losses[variant] = {
@@ -406,24 +407,13 @@ def print_results(table: dict):
             "parameters": f"{record['params']:,}",
             "KV cache": f"{record['cache_bytes']:,}",
             "share": f"{record['cache_bytes'] / one['cache_bytes']:.0%}"}
-        curves[variant] = {}
-        for i in quarters:
-            curves[variant][f"step {steps[i]:,}"] = cell(runs, first,
-                                                         lambda r: r["val_curve"][i][1], 4)
+        curves[variant] = {
+            f"step {steps[i]:,}": cell(runs, first, lambda r: r["val_curve"][i][1], 4)
+            for i in quarters}
         saved = [tokens_saved(runs[seed], first[seed]["val_curve"][-1][1])
                  for seed in runs if seed in first]
         if saved and runs is not first:
             curves[variant]["fewer tokens"] = f"{np.mean(saved):.0%}".replace("nan%", "not reached")
-    flags = one["flags"]
-    tokens = steps[-1] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    minus = f"mean, then minus {name}'s ± its 95% interval"
-    print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
-                "four, chance 25; KV cache in bytes per token, float32", losses)
-    print_table(f"Validation loss as training goes on; {minus}.\nFewer tokens: the share of its "
-                f"training that a variant can do without and reach {name}'s last loss", curves)
-
-    layer_1, deeper = {}, {}
-    for variant, runs in table.items():
         layer_1[variant], deeper[variant] = {}, {}
         for measure, (_, digits) in MEASURES.items():
             layer_1[variant][measure] = cell(runs, first, lambda r: r["attention"][measure][0],
@@ -433,11 +423,17 @@ def print_results(table: dict):
     layer_1["even, random"] = {measure: f"{baseline[measure]:.{digits}f}"
                                for measure, (_, digits) in MEASURES.items()
                                if measure != "eigenvalue"}  # which depends on the values' size
+
+    tokens = steps[-1] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+    minus = f"mean, then minus {name}'s ± its 95% interval"
+    print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
+                "four, chance 25; KV cache in bytes per token, float32", losses)
+    print_table(f"Validation loss as training goes on; {minus}.\nFewer tokens: the share of its "
+                f"training that a variant can do without and reach {name}'s last loss", curves)
     print_table(f"Attention in layer 1; {minus}", layer_1)
     print_table("Attention, mean of the deeper half of the layers, but importance: the largest of "
                 f"all layers; {minus}", deeper)
     print("\n" + "\n".join(f"{name}: {meaning}" for name, (meaning, _) in MEASURES.items()))
-
     for variant, runs in table.items():
         if "--value_residual" in variant:
             print(f"\n{variant}: weights of V_1 and V_n by layer, means over the seeds")

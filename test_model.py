@@ -34,6 +34,7 @@ from prepare_data import DataConfig, UserError, get_tokenizer, prepare
 from train import TrainConfig
 
 HERE = Path(__file__).parent
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
 torch.set_num_threads(1)  # everything here is tiny
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too
 
@@ -686,6 +687,7 @@ def test_mixed_precision_is_close(small_run, dtype):
     assert rounded[-1]["val_loss"] != exact[-1]["val_loss"]
 
 
+@needs_muon
 @pytest.mark.parametrize("broken", [None, "q_proj", "lm_head"])
 def test_a_float16_step_that_overflows_is_left_out_by_both_optimizers(small_run, monkeypatch,
                                                                       broken):
@@ -743,9 +745,6 @@ def test_steps_are_adamw_on_the_whole_batch_with_clipping_and_no_decay_of_vector
             group["lr"] = lr
         adamw.step()
     torch.testing.assert_close(state("run")[0], model.state_dict(), rtol=0, atol=1e-4)
-
-
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
 
 
 @needs_muon
