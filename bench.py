@@ -64,12 +64,13 @@ class BenchConfig(TrainConfig):
     decode_batch: int = flag(8, "speed: sequences that are decoded at once", at_least=1)
     rounds: int = flag(9, "speed: how often each variant is timed, in turns with the first",
                        at_least=1)
-    quick: bool = flag(False, "one seed, 80 steps: minutes, and noise")
+    quick: bool = flag(False, "one seed, 80 steps, in out/quick: minutes, and noise")
     show: str | None = flag(None, "print and draw what is in this folder, measure nothing",
                             type=str)
     out_dir: str = flag("out/bench", "the folder of the experiment")
     overwrite: bool = flag(False, "begin the folder anew")
-    attention: str = "vanilla"  # no flags here: --variants and --seeds are, and runs are resumed
+    # No flags here: --variants and --seeds replace two, and unfinished runs are always resumed.
+    attention: str = "vanilla"
     seed: int = 1
     resume: bool = True
 
@@ -129,7 +130,7 @@ class Watch(TorchFunctionMode):
 @torch.no_grad()
 def look_at_attention(model: GPT, idx: torch.Tensor, triggers: list) -> dict[str, torch.Tensor]:
     """MEASURES of each layer (L,), means over the sequences idx (B, T). Attention to the first
-    token is that of queries at other tokens than itself and the triggers of backcopy."""
+    token is that of all queries but itself and backcopy's triggers."""
     c, T = model.config, idx.size(1)
     future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
     seen = []  # what describe says, sequence by sequence and layer by layer
@@ -165,8 +166,8 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor, querie
     whether a query's attention to the first token counts.
 
     The attention that a token gets, averaged over heads and queries, is its importance (arXiv
-    2410.17897, eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12); it grows with the
-    values' norm, so "rank" is the fair form: exp of the entropy of the spectrum over its sum."""
+    2410.17897, eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which
+    grows with the values' norm. "rank" does not: exp of the entropy of the spectrum's shares."""
     importance = A.mean(dim=(0, 1))  # (T,), sums to 1
     first = A[:, queries, 0].mean(dim=1)  # (nh,)
     value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
@@ -183,8 +184,8 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor, querie
 
 
 def even(T: int, width: int) -> dict:
-    """What describe says where each query attends evenly to the tokens so far, and values and
-    hidden states have random directions and one size."""
+    """MEASURES of a layer whose queries attend evenly to all tokens up to their own, with values
+    and hidden states of random directions and equal norms."""
     A = torch.ones(1, T, T, dtype=torch.float64).tril() / torch.arange(1, T + 1)[:, None]
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
     values = F.normalize(values, dim=1)
@@ -220,7 +221,7 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device, start_id
 
 
 def measure_run(run: TrainConfig, questions: int) -> dict:
-    """Trains a model; what a record says of it."""
+    """Trains a model; returns what a record says of it."""
     model, history = train(run, verbose=False)
     model.requires_grad_(False)
     c, device = model.config, model.lm_head.weight.device
@@ -368,15 +369,6 @@ def deeper_half(record: dict, measure: str) -> float:
     return max(layers) if measure == "importance" else np.mean(layers[len(layers) // 2:])
 
 
-def tokens_saved(record: dict, goal: float) -> float:
-    """The share of its training that a run can do without to reach a validation loss, interpolated
-    between the evaluations; NaN if it doesn't reach it."""
-    steps, losses = np.array(record["val_curve"]).T
-    # np.interp wants rising x, so the falling losses are negated.
-    best = np.minimum.accumulate(losses)
-    return 1 - np.interp(-goal, -best, steps, right=math.nan) / steps[-1]
-
-
 def print_table(title: str, rows: dict):
     """rows: {variant: {header: cell}}, a header's missing cells are empty."""
     headers = list(dict.fromkeys(header for row in rows.values() for header in row))
@@ -393,9 +385,9 @@ def print_results(table: dict):
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
     flags, steps = one["flags"], [step for step, _ in one["val_curve"]]
-    # The evaluations nearest to each quarter of the training.
+    # The first evaluation and those nearest to each quarter of the training.
     quarters = sorted({min(range(len(steps)), key=lambda i: abs(steps[i] - steps[-1] * q / 4))
-                       for q in (1, 2, 3, 4)})
+                       for q in (0, 1, 2, 3, 4)})
     losses, curves, layer_1, deeper = {}, {}, {}, {}
     for variant, runs in table.items():
         record = next(iter(runs.values()))
@@ -410,10 +402,6 @@ def print_results(table: dict):
         curves[variant] = {
             f"step {steps[i]:,}": cell(runs, first, lambda r: r["val_curve"][i][1], 4)
             for i in quarters}
-        saved = [tokens_saved(runs[seed], first[seed]["val_curve"][-1][1])
-                 for seed in runs if seed in first]
-        if saved and runs is not first:
-            curves[variant]["fewer tokens"] = f"{np.mean(saved):.0%}".replace("nan%", "not reached")
         layer_1[variant], deeper[variant] = {}, {}
         for measure, (_, digits) in MEASURES.items():
             layer_1[variant][measure] = cell(runs, first, lambda r: r["attention"][measure][0],
@@ -428,16 +416,16 @@ def print_results(table: dict):
     minus = f"mean, then minus {name}'s ± its 95% interval"
     print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
                 "four, chance 25; KV cache in bytes per token, float32", losses)
-    print_table(f"Validation loss as training goes on; {minus}.\nFewer tokens: the share of its "
-                f"training that a variant can do without and reach {name}'s last loss", curves)
+    print_table(f"Validation loss as training goes on; {minus}", curves)
     print_table(f"Attention in layer 1; {minus}", layer_1)
-    print_table("Attention, mean of the deeper half of the layers, but importance: the largest of "
-                f"all layers; {minus}", deeper)
+    print_table("Attention in the deeper half of the layers (mean; for importance, the largest of "
+                f"all layers); {minus}", deeper)
     print("\n" + "\n".join(f"{name}: {meaning}" for name, (meaning, _) in MEASURES.items()))
     for variant, runs in table.items():
-        if "--value_residual" in variant:
+        layers = next(iter(runs.values()))["value_lambdas"]
+        if layers and ("--value_residual" in variant or flags["value_residual"] != "fixed"):
             print(f"\n{variant}: weights of V_1 and V_n by layer, means over the seeds")
-            for n in next(iter(runs.values()))["value_lambdas"]:
+            for n in layers:
                 l1, l2 = np.mean([record["value_lambdas"][n] for record in runs.values()], axis=0)
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
 
@@ -451,7 +439,7 @@ def print_caches(runs: list, contexts: tuple):
     for variant, n in sizes.items():
         rows[variant] = {"per token": f"{n:,}", f"of {name}'s": f"{n / whole:.0%}"}
         for context in contexts:
-            rows[variant][f"{context:,} tokens"] = f"{n * context / 2**20:,.1f}"
+            rows[variant][f"{context:,} tokens"] = f"{n * context / 2**20:,.2f}"
     print_table("KV cache in float32: bytes per token, then MiB for one sequence", rows)
 
 
@@ -486,8 +474,6 @@ def draw(table: dict, folder: Path):
             continue
         x = next(iter(runs.values()))["cache_bytes"]
         error = interval(gaps) if len(gaps) > 1 else None
-        # Equal caches stand side by side.
-        x += 0.02 * one["cache_bytes"] * sum(abs(x - other) < 0.2 * x for other, *_ in points)
         left.errorbar(x, np.mean(gaps), error, capsize=4, **style[variant])
         points.append((x, np.mean(gaps), variant))
         curves = differences(runs, first, lambda r: np.array(r["val_curve"]))
@@ -554,8 +540,9 @@ def read_records(folder: Path) -> list[dict]:
 
 
 def measure(config: BenchConfig):
-    """Measures what the folder lacks of config's runs, a line in results.jsonl for each, and speed.
-    UserError if the folder holds an experiment with other flags."""
+    """Prints the caches; trains and measures the runs that the folder lacks, a line in
+    results.jsonl for each; times them: what --parts says. UserError if the folder holds an
+    experiment with other flags or data."""
     runs = list_runs(config)
     first_seed = runs[:len(config.variants)]  # each variant once
     if "cache" in config.parts:
@@ -570,6 +557,7 @@ def measure(config: BenchConfig):
         shared |= dict(questions=config.questions, device=device.type,
                        dtype=str(pick_dtype(config, device)))
         shared = json.loads(json.dumps(shared))
+        data_sha256 = load_data(config)[2]["sha256"]
         if config.overwrite:
             shutil.rmtree(folder / "runs", ignore_errors=True)
             (folder / "results.jsonl").unlink(missing_ok=True)
@@ -581,9 +569,12 @@ def measure(config: BenchConfig):
             if then != value:
                 raise UserError(f"--{name} is {value}, but {folder} holds runs with {then}: choose "
                                 "another --out_dir, or --overwrite")
-        load_data(config)
-        # What a stopped bench has left is gone on with only by the same code and flags.
-        key = hashlib.sha256(json.dumps([shared, about["code"]]).encode()).hexdigest()[:12]
+        if records and records[0]["data_sha256"] != data_sha256:
+            raise UserError(f"--dataset {config.dataset} is not what the runs in {folder} have "
+                            "read: choose another --out_dir, or --overwrite")
+        # An unfinished run is gone on with only by the same code, with the same flags and data.
+        key = json.dumps([shared, about["code"], data_sha256])
+        key = hashlib.sha256(key.encode()).hexdigest()[:12]
         done = {(record["variant"], record["seed"]) for record in records}
         for i, (variant, run) in enumerate(runs, start=1):
             if (variant, run.seed) in done:
@@ -591,10 +582,15 @@ def measure(config: BenchConfig):
             run.out_dir = f"{folder}/runs/{key}-{variant.replace(' ', '_')}-{run.seed}"
             print(f"run {i} of {len(runs)}: {variant}, seed {run.seed}", flush=True)
             record = dict(variant=variant, seed=run.seed, flags=shared) | about
-            record |= measure_run(run, config.questions)
+            try:
+                record |= measure_run(run, config.questions)
+            except UserError as error:  # a loss that is not finite: the others go on
+                print(f"not measured: {error}")
+                continue
             with open(folder / "results.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             shutil.rmtree(run.out_dir)
+            done.add((variant, run.seed))
         show(folder, config.variants)
     if "speed" in config.parts:
         print_speed(first_seed, config, device)
@@ -611,7 +607,8 @@ def show(folder: Path, variants: tuple):
         else:
             print(f"no runs of {variant} in {folder}")
     if len({record["code"] for runs in table.values() for record in runs.values()}) > 1:
-        print("\nWARNING: these runs were made by different versions of the code")
+        print("\nWARNING: these runs were made by different versions of the code, or "
+              "of Python")
     if table:
         print_results(table)
         draw(table, folder)
@@ -633,5 +630,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with one_line_errors("stopped; the same command goes on"):
+    with one_line_errors("stopped; the same command goes on, if without --overwrite"):
         main()

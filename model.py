@@ -403,9 +403,10 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), (None, the mean
         cross-entropy in nats per token), where targets of -100 do not count; NaN if none counts.
 
-        With a cache: under torch.no_grad. The loss reads lm_head.weight and calls no hooks of
-        lm_head. ValueError if the tokens exceed block_size or, with a cache, its max_len; if targets
-        have another shape than idx; for a loss where lm_head is no plain Linear without bias."""
+        A cache is for use under torch.no_grad. The loss reads lm_head.weight and calls no hooks of
+        lm_head. ValueError if the tokens exceed block_size or, with a cache, its max_len; if
+        targets have another shape than idx; for a loss if lm_head is no plain Linear without bias.
+        """
         x = self.hidden_states(idx, cache)
         if targets is None:
             return self.lm_head(x), None

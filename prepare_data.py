@@ -50,16 +50,11 @@ def one_line_errors(interrupted: str = "interrupted"):
         yield
     except BrokenPipeError:  # the reader of our output, e.g. `head`, has closed the pipe
         os._exit(141)
-    except (UserError, OSError) as error:
-        fail(str(error), status=2)
-    except KeyboardInterrupt:
-        fail(interrupted, status=130)
-
-
-def fail(message: str, status: int):
-    first_line = message.partition("\n")[0]
-    print(f"{Path(sys.argv[0]).name}: {first_line}", file=sys.stderr)
-    sys.exit(status)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        line = interrupted if stopped else str(error).partition("\n")[0]
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(130 if stopped else 2)
 
 
 def flag(default, help: str, **options):
@@ -107,7 +102,7 @@ def check_values(config):
         for item in value if isinstance(value, tuple) else (value,):
             if item is None and f.default is None:
                 continue
-            # A checkpoint holds nothing but these, so that a stranger's can't run code.
+            # The flags are saved in the checkpoint, which may hold plain values only.
             if type(item) not in (bool, int, float, str):
                 raise UserError(f"--{f.name} must be a plain value, not {item!r}")
             if item not in f.metadata.get("choices", (item,)):
@@ -134,8 +129,8 @@ def replace_file(path: Path):
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these, letters such as
-    ASCII has, and end-of-text; encoding leaves others out. "gpt2": 50,257 ids, downloaded once."""
+    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these bytes, of ASCII,
+    and end-of-text; encoding drops all others. "gpt2": 50,257 ids, downloaded once."""
     if name != "gpt2":
         alphabet, pattern = range(256), "(?s:.)"
         if name != "byte":
@@ -185,7 +180,7 @@ def fetch(url: str, path: Path) -> Path:
     return path
 
 
-def read_shards(paths: list[Path], n_vocab: int):
+def read_shards(paths: list[Path]):
     """Yields the token ids of each shard of FineWeb, downloaded if need be: 256 int32, of which the
     first are 20240520, 1, and how many ids follow, then the ids as uint16."""
     for path in paths:
@@ -194,14 +189,11 @@ def read_shards(paths: list[Path], n_vocab: int):
         if header.tolist() != [20240520, 1, (len(data) - 1024) / 2]:
             path.unlink()
             raise UserError(f"{path} was no shard of tokens, and is deleted: run this again")
-        ids = np.frombuffer(data[1024:], dtype="<u2")
-        if ids.max(initial=0) >= n_vocab:
-            raise UserError(f"{path}: token id {ids.max()} is outside the vocabulary of {n_vocab}")
-        yield ids
+        yield np.frombuffer(data[1024:], dtype="<u2")
 
 
 def find_texts(dataset: str, out: Path) -> list[Path]:
-    """The files of a data set, sorted. Hidden ones in a folder are passed over."""
+    """The files of a data set, sorted, without hidden ones and what an earlier run wrote to out."""
     top, pattern, left_out = Path(dataset), "*", set()
     if dataset == "stdlib":  # this Python's own sources, without tests and packages
         top, pattern = Path(sysconfig.get_path("stdlib")), "*.py"
@@ -213,7 +205,8 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
             raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
     if top.is_file():
         return [top]
-    return [path for path in sorted(top.rglob(pattern)) if path.is_file()
+    return [path for path in sorted(top.rglob(pattern))
+            if path.is_file() and out.resolve() not in path.resolve().parents
             and not any(name.startswith(".") or name in left_out
                         for name in path.relative_to(top).parts)]
 
@@ -253,19 +246,22 @@ def encode(texts: list[str], tokenizer):
 def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Bigram-Backcopy, arXiv 2410.13835: (bytes (streams, length), the triggers). Each byte
     follows the one before as often as it does in the text, but after a trigger, one of the text's
-    three most frequent bytes, comes the byte before the trigger again."""
-    source, counts = np.frombuffer(text, dtype=np.uint8), np.zeros((256, 256))
+    three most frequent bytes, the byte before the trigger comes again."""
+    source = np.frombuffer(text, dtype=np.uint8)
+    counts = np.zeros((256, 256))
     np.add.at(counts, (source, np.roll(source, -1)), 1)  # after the last byte comes the first
     triggers = np.argsort(counts.sum(axis=1))[-3:]
     # In row a: how probable it is that at most b follows a.
-    cumulative = counts.cumsum(axis=1) / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    totals = counts.sum(axis=1, keepdims=True)
+    cumulative = counts.cumsum(axis=1) / np.maximum(1, totals)
     rng = np.random.default_rng(0)
     ids = np.empty((length, streams), dtype=np.int64)
     ids[0] = rng.choice(source[~np.isin(source, triggers)], streams)
     for i in range(1, length):  # all streams at once
-        drawn = (cumulative[ids[i - 1]] <= rng.random((streams, 1))).sum(axis=1)
-        # A trigger never follows a trigger, so that i - 2 is there.
-        ids[i] = np.where(np.isin(ids[i - 1], triggers), ids[i - 2], drawn)
+        last = ids[i - 1]
+        drawn = (cumulative[last] <= rng.random((streams, 1))).sum(axis=1)
+        # The first byte is no trigger, so that i - 2 is there.
+        ids[i] = np.where(np.isin(last, triggers), ids[i - 2], drawn)
     return ids.T, triggers
 
 
@@ -297,7 +293,9 @@ def prepare(config: DataConfig) -> Path:
             raise UserError(f"'{name}' cannot be the name of a data set of yours: rename {dataset}")
     usual = "gpt2" if dataset == "fineweb" else "byte"
     tokenizer = get_tokenizer(config.tokenizer or usual)
-    out = Path("data", name if tokenizer.name == usual else f"{name}-{tokenizer.name}")
+    if tokenizer.name != usual:
+        name += f"-{tokenizer.name}"
+    out = Path("data", name)
     meta = out / "meta.json"
     if meta.exists() and json.loads(meta.read_bytes())["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
@@ -305,11 +303,11 @@ def prepare(config: DataConfig) -> Path:
     more = {}  # what else meta.json says
     if dataset == "fineweb":
         shards = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
-        train = read_shards(shards, tokenizer.n_vocab)
-        val = read_shards([out / "fineweb_val_000000.bin"], tokenizer.n_vocab)
+        train = read_shards(shards)
+        val = read_shards([out / "fineweb_val_000000.bin"])
     elif dataset == "backcopy":
         [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
-        # 27 characters, each with an id: among many rare ones or unused ids few sinks form.
+        # 27 characters, each with an id: where ids never occur, few sinks form.
         text = re.sub("[^a-z]+", " ", text.lower())
         ids, triggers = backcopy(text.encode(), streams=1100, length=4095)
         alphabet = np.unique(ids)
@@ -339,7 +337,8 @@ def write_dataset(out: Path, tokenizer, train, val, more: dict):
                 f.write(data)
                 sha256.update(data)
                 counts += np.bincount(ids, minlength=tokenizer.n_vocab)
-            meta |= {f"{part}_tokens": int(counts.sum()), f"{part}_bytes": int(counts @ n_bytes)}
+            meta[f"{part}_tokens"] = int(counts.sum())
+            meta[f"{part}_bytes"] = int(counts @ n_bytes)
         (out / "meta.json").unlink(missing_ok=True)  # an old one must never describe new ids
     with replace_file(out / "meta.json") as f:
         f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
@@ -366,6 +365,6 @@ if __name__ == "__main__":
     with one_line_errors("interrupted; run it again, finished downloads are kept"):
         config, _ = parse_flags(DataConfig, __doc__)
         folder = prepare(config)
-        train, val, meta = load(str(folder))
-        print(f"{folder}: {len(train):,} tokens for training, {len(val):,} for validation, of "
-              f"{meta['vocab_size']:,} different ones")
+        _, _, meta = load(str(folder))
+        print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} "
+              f"for validation, of {meta['vocab_size']:,} different ones")
