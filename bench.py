@@ -465,14 +465,16 @@ def draw(table: dict, folder: Path):
              for variant in table}
 
     _, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
-    points, ends = [], []
+    points, ends, sizes = [], [], []
     one = next(iter(first.values()))
     for variant, runs in table.items():
         gaps = differences(runs, first, lambda r: r["val_curve"][-1][1])
         if not gaps:
             print(f"\nnot drawn, no seed in common with {name}: {variant}")
             continue
-        x = next(iter(runs.values()))["cache_bytes"]
+        size = next(iter(runs.values()))["cache_bytes"]
+        x = size + 0.02 * one["cache_bytes"] * sizes.count(size)  # equal ones stand side by side
+        sizes.append(size)
         error = interval(gaps) if len(gaps) > 1 else None
         left.errorbar(x, np.mean(gaps), error, capsize=4, **style[variant])
         points.append((x, np.mean(gaps), variant))
@@ -481,7 +483,8 @@ def draw(table: dict, folder: Path):
         losses = np.array(curves)[:, :, 1]  # (seeds, evaluations)
         draw_band(right, steps, losses, style[variant])
         ends.append((steps[-1], losses.mean(axis=0)[-1], variant))
-    left.set(xlabel="KV cache, bytes per token in float32", xlim=(0, 1.45 * max(points)[0]),
+    left.set(xlabel="KV cache, bytes per token in float32 (equal ones side by side)",
+             xlim=(0, 1.45 * max(points)[0]),
              ylabel=f"validation loss minus {name}'s, nats per token (lower is better)")
     right.set(xlabel="steps (line: mean of the seeds, band: their range)",
               xlim=(0, 1.35 * max(ends)[0]))

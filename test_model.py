@@ -1132,7 +1132,7 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
 
 def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, monkeypatch):
     asked = ("--seeds", "1", "--parts", "loss", "--variants", "vanilla")
-    assert "WARNING" not in small_bench(*asked)
+    assert "WARNING" not in small_bench(*asked, "--overwrite")  # of nothing
     monkeypatch.setattr(bench, "fingerprint", lambda: "edited")
     assert "different versions of the code" in small_bench(*asked, "gqa")
     assert "WARNING" not in small_bench(*asked, "gqa", "--overwrite", "--lr", "1e-3")
@@ -1156,13 +1156,41 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
 
 
 def test_the_figures(small_bench, monkeypatch):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    asked = ("--variants", "vanilla", "resformer", "--parts", "loss", "--seeds")
-    small_bench(*asked, "1")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="figures need matplotlib")
+    names = ["vanilla", "resformer", "svformer"]
+    small_bench("--variants", *names, "--parts", "loss", "--seeds", "1", "2")
     for name in ("loss", "attention"):
         assert Path(f"b/{name}.png").read_bytes()[1:4] == b"PNG"
-    small_bench("--variants", "gqa", "--parts", "loss", "--seeds", "2")
+    small_bench("--variants", "gqa", "--parts", "loss", "--seeds", "3")
+    pyplot.close("all")
+    monkeypatch.setattr(pyplot, "close", Mock())
     assert "no seed in common with vanilla: gqa" in small_bench("--show", "b")
+    loss, attention = map(pyplot.figure, pyplot.get_fignums())
+
+    runs = {(r["variant"], r["seed"]): r for r in bench.read_records(Path("b"))}
+    gaps = np.array([[np.subtract(runs[name, seed]["val_curve"], runs["vanilla", seed]["val_curve"])
+                      for seed in (1, 2)] for name in names])[..., 1].mean(axis=1)
+    left, right = loss.axes
+    # 2 layers of 2 heads of 8 numbers in 4 bytes; resformer's is as large, and drawn beside it.
+    points = [[256, 0], [256 * 1.02, gaps[1, -1]], [192, gaps[2, -1]]]
+    np.testing.assert_allclose([line.get_xydata()[0] for line in left.lines[::3]], points)
+    for ax, at in ((left, points), (right, [(6, gap) for gap in gaps[:, -1]])):
+        labels = {text.get_text(): text for text in ax.texts}
+        assert set(labels) == set(names) and min(at)[0] > 0.1 * ax.get_xlim()[1]
+        assert [labels[name].xy[0] for name in names] == pytest.approx([x for x, _ in at])
+        heights = sorted(text.xy[1] for text in ax.texts)
+        assert min(np.diff(heights)) > 0.04 * np.diff(ax.get_ylim())  # no two overlap
+    np.testing.assert_allclose([line.get_ydata() for line in right.lines], gaps)
+    assert right.lines[0].get_xdata().tolist() == [2, 4, 6]
+
+    layers = np.array([runs["svformer", seed]["attention"]["first"] for seed in (1, 2)])
+    drawn = attention.axes[1].lines[2]
+    assert drawn.get_label() == "svformer" and drawn.get_xdata().tolist() == [1, 2]
+    np.testing.assert_allclose(drawn.get_ydata(), layers.mean(axis=0))
+    assert attention.axes[1].get_title() == bench.MEASURES["first"][0]
+    words = [text.get_text() for text in attention.legends[0].texts]
+    assert words == [*names, "gqa", "even, random"]
+
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "no figures: pip install matplotlib" in small_bench("--show", "b")
 
@@ -1176,6 +1204,7 @@ def test_the_fingerprint_is_of_all_that_makes_the_numbers(tmp_path, monkeypatch)
             ("model.py", "# Token t of this", "# token t of this", True),
             ("model.py", "The language model.", "A model.", True),
             ("train.py", "try a lower --lr", "lower --lr", True),
+            ("model.py", "choose from", "take one of", True),
             ("train.py", "layers, heads and width of", "depth of", True),
             ("model.py", "10000.0", "9999.0", False), ("train.py", "flag(50", "flag(60", False)):
         text = (HERE / name).read_text(encoding="utf-8")
