@@ -517,11 +517,15 @@ def draw_band(ax, x, curves: np.ndarray, style: dict, label=None):
 
 def label_points(ax, points: list, style: dict):
     """Writes each point's variant to its right, moved up where labels would overlap."""
-    low, high = ax.get_ylim()
-    y = -math.inf
-    for point_x, point_y, variant in sorted(points, key=lambda point: point[1]):
-        y = max(point_y, y + (high - low) * 0.045)
-        ax.annotate(variant, (point_x, y), (8, -3), textcoords="offset points", fontsize=8,
+    near = 0.18 * np.ptp(ax.get_xlim())
+    gap = 0.045 * np.ptp(ax.get_ylim())
+    placed = []
+    for x, y, variant in sorted(points, key=lambda point: point[1]):
+        for other_x, other_y in placed:  # from the lowest up
+            if abs(x - other_x) < near:
+                y = max(y, other_y + gap)
+        placed.append((x, y))
+        ax.annotate(variant, (x, y), (8, -3), textcoords="offset points", fontsize=8,
                     color=style[variant]["color"])
 
 
