@@ -1158,7 +1158,8 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
 def test_the_figures(small_bench, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="figures need matplotlib")
     names = ["vanilla", "resformer", "svformer"]
-    small_bench("--variants", *names, "--parts", "loss", "--seeds", "1", "2")
+    printed = small_bench("--variants", *names, "--parts", "loss", "--seeds", "1", "2")
+    assert "weights of V_1" not in printed  # they are fixed
     for name in ("loss", "attention"):
         assert Path(f"b/{name}.png").read_bytes()[1:4] == b"PNG"
     small_bench("--variants", "gqa", "--parts", "loss", "--seeds", "3")
