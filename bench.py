@@ -166,8 +166,8 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor, querie
     whether a query's attention to the first token counts.
 
     The attention that a token gets, averaged over heads and queries, is its importance (arXiv
-    2410.17897, eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which
-    grows with the values' norm. "rank" does not: exp of the entropy of the spectrum's shares."""
+    2410.17897, eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which grows with
+    the values' norm. "rank" does not: exp of the entropy of the spectrum's shares."""
     importance = A.mean(dim=(0, 1))  # (T,), sums to 1
     first = A[:, queries, 0].mean(dim=1)  # (nh,)
     value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
@@ -614,8 +614,7 @@ def show(folder: Path, variants: tuple):
         else:
             print(f"no runs of {variant} in {folder}")
     if len({record["code"] for runs in table.values() for record in runs.values()}) > 1:
-        print("\nWARNING: these runs were made by different versions of the code, or "
-              "of Python")
+        print("\nWARNING: these runs were made by different versions of the code or of Python")
     if table:
         print_results(table)
         draw(table, folder)

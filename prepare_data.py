@@ -132,7 +132,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these bytes, of ASCII,
     and end-of-text; encoding drops all others. "gpt2": 50,257 ids, downloaded once."""
     if name != "gpt2":
-        alphabet, pattern = range(256), "(?s:.)"
+        alphabet = range(256)
+        pattern = "(?s:.)"
         if name != "byte":
             alphabet = [int(byte) for byte in name.split()[1:]]
             pattern = f"[{re.escape(bytes(alphabet).decode())}]"
@@ -307,7 +308,7 @@ def prepare(config: DataConfig) -> Path:
         val = read_shards([out / "fineweb_val_000000.bin"])
     elif dataset == "backcopy":
         [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
-        # 27 characters, each with an id: where ids never occur, few sinks form.
+        # 27 characters, the letters and the space. Each has an id, and there are no other ids.
         text = re.sub("[^a-z]+", " ", text.lower())
         ids, triggers = backcopy(text.encode(), streams=1100, length=4095)
         alphabet = np.unique(ids)
