@@ -446,6 +446,10 @@ def print_caches(runs: list, contexts: tuple):
 # -------------------------------------------------------------------------------------------------
 # Figures
 
+STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 110, "errorbar.capsize": 4,
+         "lines.markersize": 5, "font.size": 9}
+MARKERS = "osD^vP*XhpdH<>8"
+
 
 def draw(table: dict, folder: Path):
     """loss.png and attention.png in folder."""
@@ -456,72 +460,77 @@ def draw(table: dict, folder: Path):
     except ImportError:
         print("\nno figures: pip install matplotlib, then start this again")
         return
-    pyplot.rc("figure.constrained_layout", use=True)
-    name, first = next(iter(table.items()))
     # A system has its own colour and marker in every figure.
     order = [*SYSTEMS, *(variant for variant in table if variant not in SYSTEMS)]
-    style = {variant: dict(color=f"C{order.index(variant) % 10}",
-                           marker="osD^vP*XhpdH<>8"[order.index(variant) % 15])
-             for variant in table}
+    style = {variant: dict(color=f"C{i}", marker=MARKERS[i % len(MARKERS)])
+             for i, variant in enumerate(order)}
+    with pyplot.rc_context(STYLE):
+        _, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+        draw_loss(axes, table, style)
+        pyplot.savefig(folder / "loss.png")
+        _, axes = pyplot.subplots(2, 2, figsize=(11, 7.5))
+        draw_attention(axes, table, style)
+        pyplot.savefig(folder / "attention.png")
+    pyplot.close("all")
+    print(f"\nfigures: {folder}/loss.png and {folder}/attention.png")
 
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
-    points, ends, sizes = [], [], []
+
+def draw_loss(axes, table: dict, style: dict):
+    """The final loss against the KV cache; the loss against steps: both minus the first's."""
+    left, right = axes
+    name, first = next(iter(table.items()))
     one = next(iter(first.values()))
+    points, ends, sizes = {}, {}, []
     for variant, runs in table.items():
-        gaps = differences(runs, first, lambda r: r["val_curve"][-1][1])
+        gaps = differences(runs, first, lambda r: np.array(r["val_curve"])[:, 1])
         if not gaps:
             print(f"\nnot drawn, no seed in common with {name}: {variant}")
             continue
-        size = next(iter(runs.values()))["cache_bytes"]
+        record = next(iter(runs.values()))
+        size = record["cache_bytes"]
         x = size + 0.02 * one["cache_bytes"] * sizes.count(size)  # equal ones stand side by side
         sizes.append(size)
-        error = interval(gaps) if len(gaps) > 1 else None
-        left.errorbar(x, np.mean(gaps), error, capsize=4, **style[variant])
-        points.append((x, np.mean(gaps), variant))
-        curves = differences(runs, first, lambda r: np.array(r["val_curve"]))
-        steps = np.array(next(iter(runs.values()))["val_curve"])[:, 0]
-        losses = np.array(curves)[:, :, 1]  # (seeds, evaluations)
-        draw_band(right, steps, losses, style[variant])
-        ends.append((steps[-1], losses.mean(axis=0)[-1], variant))
+        losses = np.array(gaps)  # (seeds, evaluations)
+        error = interval(losses[:, -1]) if len(gaps) > 1 else None
+        points[variant] = x, losses[:, -1].mean()
+        left.errorbar(*points[variant], error, **style[variant])
+        steps = [step for step, _ in record["val_curve"]]
+        draw_seeds(right, steps, losses, style[variant])
+        ends[variant] = steps[-1], losses[:, -1].mean()
     left.set(xlabel="KV cache, bytes per token in float32 (equal ones side by side)",
-             xlim=(0, 1.45 * max(points)[0]),
              ylabel=f"validation loss minus {name}'s, nats per token (lower is better)")
-    right.set(xlabel="steps (line: mean of the seeds, band: their range)",
-              xlim=(0, 1.35 * max(ends)[0]))
-    label_points(left, points, style)
-    label_points(right, ends, style)
-    pyplot.savefig(folder / "loss.png", dpi=110)
-    pyplot.close()
+    right.set(xlabel="steps (thin: each seed, thick: their mean)")
+    for ax, labelled in ((left, points), (right, ends)):
+        ax.set_xlim(0, 1.45 * max(x for x, _ in labelled.values()))
+        label_points(ax, labelled, style)
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5))
+
+def draw_attention(axes, table: dict, style: dict):
+    """Four of MEASURES by layer."""
+    one = next(iter(next(iter(table.values())).values()))
     baseline = even(one["flags"]["block_size"], one["value_width"])
     for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "hidden_norm")):
         for variant, runs in table.items():
             layers = np.array([record["attention"][measure] for record in runs.values()])
-            draw_band(ax, np.arange(layers.shape[1]) + 1, layers, style[variant], label=variant)
+            draw_seeds(ax, range(1, layers.shape[1] + 1), layers, style[variant], label=variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    pyplot.savefig(folder / "attention.png", dpi=110)
-    pyplot.close()
-    print(f"\nfigures: {folder}/loss.png and {folder}/attention.png")
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def draw_band(ax, x, curves: np.ndarray, style: dict, label=None):
-    """The mean of the seeds' curves, and around it the range of all of them."""
-    ax.plot(x, curves.mean(axis=0), label=label, markersize=4, **style)
-    ax.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.12,
-                    linewidth=0)
+def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
+    """The curve of each seed, thin, and their mean."""
+    ax.plot(x, curves.T, color=style["color"], linewidth=0.5, alpha=0.4)
+    ax.plot(x, curves.mean(axis=0), label=label, **style)
 
 
-def label_points(ax, points: list, style: dict):
-    """Writes each point's variant to its right, moved up where labels would overlap."""
-    near = 0.18 * np.ptp(ax.get_xlim())
-    gap = 0.045 * np.ptp(ax.get_ylim())
+def label_points(ax, points: dict, style: dict):
+    """Writes each variant to the right of its point, moved up where labels would overlap."""
+    near, gap = 0.18 * np.ptp(ax.get_xlim()), 0.045 * np.ptp(ax.get_ylim())
     placed = []
-    for x, y, variant in sorted(points, key=lambda point: point[1]):
-        for other_x, other_y in placed:  # from the lowest up
+    for variant, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):  # by height
+        for other_x, other_y in placed:
             if abs(x - other_x) < near:
                 y = max(y, other_y + gap)
         placed.append((x, y))

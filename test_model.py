@@ -1170,22 +1170,24 @@ def test_the_figures(small_bench, monkeypatch):
 
     runs = {(r["variant"], r["seed"]): r for r in bench.read_records(Path("b"))}
     gaps = np.array([[np.subtract(runs[name, seed]["val_curve"], runs["vanilla", seed]["val_curve"])
-                      for seed in (1, 2)] for name in names])[..., 1].mean(axis=1)
+                      for seed in (1, 2)] for name in names])[..., 1]  # (systems, seeds, steps)
+    means = gaps.mean(axis=1)
     left, right = loss.axes
     # 2 layers of 2 heads of 8 numbers in 4 bytes; resformer's is as large, and drawn beside it.
-    points = [[256, 0], [256 * 1.02, gaps[1, -1]], [192, gaps[2, -1]]]
+    points = [[256, 0], [256 * 1.02, means[1, -1]], [192, means[2, -1]]]
     np.testing.assert_allclose([line.get_xydata()[0] for line in left.lines[::3]], points)
-    for ax, at in ((left, points), (right, [(6, gap) for gap in gaps[:, -1]])):
+    for ax, at in ((left, points), (right, [(6, gap) for gap in means[:, -1]])):
         labels = {text.get_text(): text for text in ax.texts}
         assert set(labels) == set(names) and min(at)[0] > 0.1 * ax.get_xlim()[1]
         assert [labels[name].xy[0] for name in names] == pytest.approx([x for x, _ in at])
         heights = [labels[name].xy[1] for name in names[:2]]  # side by side: no two overlap
         assert abs(np.diff(heights)) > 0.04 * np.diff(ax.get_ylim())
-    np.testing.assert_allclose([line.get_ydata() for line in right.lines], gaps)
+    curves = np.concatenate((gaps, means[:, None]), axis=1)  # a line a seed, then their mean
+    np.testing.assert_allclose([line.get_ydata() for line in right.lines], curves.reshape(9, 3))
     assert right.lines[0].get_xdata().tolist() == [2, 4, 6]
 
     layers = np.array([runs["svformer", seed]["attention"]["first"] for seed in (1, 2)])
-    drawn = attention.axes[1].lines[2]
+    drawn = attention.axes[1].lines[8]
     assert drawn.get_label() == "svformer" and drawn.get_xdata().tolist() == [1, 2]
     np.testing.assert_allclose(drawn.get_ydata(), layers.mean(axis=0))
     assert attention.axes[1].get_title() == bench.MEASURES["first"][0]
