@@ -38,18 +38,14 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 
 torch.set_num_threads(1)  # everything here is tiny
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start too
 
-COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+gqa", "resformer+neutreno",
-                "resformer+denseformer", "resformer+cla", "neutreno+gqa", "svformer+denseformer",
-                "crosslayer+cla", "crosslayer+gqa+denseformer",
+COMBINATIONS = ["svformer+gqa", "svformer+cla", "cla+gqa", "resformer+neutreno", "neutreno+gqa",
+                "svformer+denseformer", "crosslayer+cla", "crosslayer+gqa+denseformer",
                 "resformer+neutreno+denseformer+cla+gqa"]
 ABLATIONS = {
-    "resformer 0.3 0.9": dict(attention="resformer", value_lambda=(0.3, 0.9)),
-    "resformer on 3 and 5": dict(attention="resformer", residual_layers=(5, 3, 5)),
-    "learnable": dict(attention="resformer+neutreno", value_residual="learnable"),
-    "learnable on 2 and 4": dict(attention="resformer+denseformer", value_residual="learnable",
-                                 residual_layers=(2, 4)),
+    "on 3 and 5": dict(attention="resformer", residual_layers=(5, 3, 5), value_lambda=(0.3, 0.9)),
+    "learnable": dict(attention="resformer+denseformer", value_residual="learnable",
+                      residual_layers=(2, 4)),
     "plus": dict(attention="resformer+gqa", value_residual="plus"),
-    "plus on 3": dict(attention="resformer+cla", value_residual="plus", residual_layers=(3,)),
     "plus with cla": dict(attention="resformer+cla", value_residual="plus"),
     "neutreno 0.7": dict(attention="neutreno", neutreno_lambda=0.7),
 }
@@ -187,9 +183,6 @@ def test_decoding_with_the_cache_equals_the_full_pass(attention):
     assert cache.length == 29
 
 
-# ---- the loss -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", [48, 42, 2])  # 8 x 6 tokens, 7 x 6, 2 x 1
 def test_the_loss_makes_an_eighth_of_the_logits_and_leaves_out_targets_of_minus_100(n):
     model, idx, targets = tiny_model("resformer"), tokens(T=n // 2), tokens(T=n // 2, seed=2)
@@ -205,11 +198,9 @@ def test_the_loss_makes_an_eighth_of_the_logits_and_leaves_out_targets_of_minus_
     got, gradients = (torch.autograd.grad(3 * x, list(model.parameters()), retain_graph=True)
                       for x in (loss, expected))
     torch.testing.assert_close(got, gradients, rtol=0, atol=1e-12)
-    with patch.object(torch, "mm", None):  # the product that makes the gradients
-        with pytest.raises(TypeError):
-            model(idx, targets)
-        with torch.no_grad():
-            assert model(idx, targets)[1].item() == loss.item()
+    with torch.no_grad(), patch.object(torch, "mm") as mm:  # the product that makes the gradients
+        assert model(idx, targets)[1].item() == loss.item()
+    assert not mm.called
     with pytest.raises(ValueError, match="no second derivatives"):
         torch.autograd.grad(loss, model.norm.weight, create_graph=True)
 
@@ -222,19 +213,6 @@ def test_the_softmax_of_the_loss_is_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = LinearCrossEntropy.apply(x, weight, target, False)
     assert got.dtype == torch.float32 and got.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_loss_that_would_be_another_is_refused():
-    model, idx = tiny_model("resformer"), tokens()
-    with pytest.raises(ValueError, match=r"^targets \(2, 24\) must have the shape of idx, \(2, 23"):
-        model(idx[:, :-1], idx)
-    for head in (torch.nn.Linear(32, 37, bias=True), torch.nn.Sequential(model.lm_head)):
-        model.lm_head = head
-        with pytest.raises(ValueError, match="^lm_head must be a Linear without bias"):
-            model(idx, idx)
-
-
-# ---- the KV cache and the parameters ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_layer", [1, 4, 5])
@@ -250,73 +228,54 @@ def test_cache_holds_what_the_formula_says(attention, n_layer):
     assert GPT(config).kv_bytes_per_token(torch.bfloat16) == a_token
 
 
-def test_the_papers_82m():
-    model = GPT(GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
-                          attention="vanilla"))
-    assert model.num_params() == 81_928_704
-
-
 def test_variants_of_one_seed_start_alike_from_normal_distributions():
-    models = {}
-    for name in ("vanilla", "svformer"):
+    models = []
+    for changes in ({}, dict(attention="svformer"), dict(init="paper")):
         torch.manual_seed(3)
-        models[name] = GPT(tiny_config(name, n_embd=256, n_ffn=512)).state_dict()
-    p = models["vanilla"]
-    for name, same in models["svformer"].items():
+        config = tiny_config(**dict(attention="vanilla", n_embd=256, n_ffn=512) | changes)
+        models.append(GPT(config).state_dict())
+    p, svformer, paper = models
+    for name, same in svformer.items():
         assert torch.equal(p[name], same), name
     assert not torch.equal(p["layers.1.mlp.up_proj.weight"], p["layers.2.mlp.up_proj.weight"])
     for name, std in (("layers.1.self_attn.q_proj", 1 / 16), ("layers.1.mlp.up_proj", 1 / 16),
                       ("layers.1.self_attn.o_proj", 1 / 16 / math.sqrt(10)), ("lm_head", 1 / 16),
                       ("layers.1.mlp.down_proj", 1 / math.sqrt(512 * 10)), ("embed_tokens", 1)):
-        assert p[f"{name}.weight"].std().item() == pytest.approx(std, rel=0.03), name
-    torch.manual_seed(3)
-    q = GPT(tiny_config("vanilla", n_embd=256, n_ffn=512, init="paper")).state_dict()
-    for name in q:
-        if q[name].dim() > 1:  # the same numbers, all of one size
-            assert torch.allclose(q[name] / 0.02, p[name] / p[name].std(), rtol=0.05, atol=0.2)
-            assert q[name].std().item() == pytest.approx(0.02, rel=0.03), name
+        drawn = paper[f"{name}.weight"] / 0.02  # the same numbers, all of one size
+        assert drawn.std().item() == pytest.approx(1, rel=0.03), name
+        torch.testing.assert_close(p[f"{name}.weight"], drawn * std)
 
 
 def test_learned_weights_and_defaults_start_where_they_should():
     learned = GPT(tiny_config("learnable", value_lambda=(0.25, 0.75)))
-    assert learned.value_l1.tolist() == [0.25] * 4 and learned.value_l2.tolist() == [0.75] * 4
-    for name in ("plus", "plus with cla"):  # the weights of V_1 are 1 each, those of V_n 0.5
-        for pair in GPT(tiny_config(name)).value_lambdas().values():
-            assert [x.item() for x in pair] == pytest.approx([1, 0.5])
+    assert learned.value_l1.tolist() == [0.25] * 2 and learned.value_l2.tolist() == [0.75] * 2
+    for pair in GPT(tiny_config("plus with cla")).value_lambdas().values():  # of V_1, of V_n
+        assert [x.item() for x in pair] == pytest.approx([1, 0.5])
     assert GPT(tiny_config("denseformer")).depth_weights[2].tolist() == [0, 0, 0, 1]
     assert tiny_config("vanilla", n_ffn=None).ffn_size == 112
-    assert replace(tiny_config("gqa", n_ffn=None), n_embd=64).ffn_size == 224
+    assert tiny_config("gqa", n_head=1).kv_heads == 1
     assert replace(tiny_config("gqa"), attention="vanilla").kv_heads == 4
-    assert tiny_config("gqa").kv_heads == 2 and tiny_config("gqa", n_head=1).kv_heads == 1
+    papers_82m = GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
+                           attention="vanilla")
+    assert GPT(papers_82m).num_params() == 81_928_704
     with pytest.raises(FrozenInstanceError):  # a config and its model can't disagree
-        tiny_config("gqa").attention = "svformer"
+        papers_82m.attention = "svformer"
 
 
-@pytest.mark.parametrize("changes, begins", [
-    (dict(n_embd=36), "n_embd (36) must be n_head (4) x an even"),
-    (dict(n_kv_head=3, attention="gqa"), "n_kv_head (3, by default half of n_head) must divide"),
-    (dict(n_kv_head=2), "n_kv_head is for gqa, not for resformer"),
-    (dict(attention="resnet"), "attention 'resnet': choose from"),
-    (dict(attention="vanilla+gqa"), "attention 'vanilla+gqa': vanilla means"),
-    (dict(attention="resformer+svformer"), "attention 'resformer+svformer': svformer has no V_n"),
-    (dict(attention="svformer+neutreno"), "attention 'svformer+neutreno': svformer has no V_n"),
-    (dict(attention="crosslayer+resformer"), "attention 'crosslayer+resformer': crosslayer"),
-    (dict(attention="crosslayer+svformer"), "attention 'crosslayer+svformer': crosslayer"),
-    (dict(attention="neutreno+crosslayer"), "attention 'neutreno+crosslayer': crosslayer"),
-    (dict(residual_layers=(1,)), "residual_layers: there is no layer 1"),
-    (dict(residual_layers=(5, 6)), "residual_layers: there is no layer 6"),
-    (dict(residual_layers=(3, 4), attention="resformer+cla"), "residual_layers: there is no lay"),
-    (dict(value_residual="learned"), "value_residual must"), (dict(init="xavier"), "init must"),
-    (dict(value_lambda=0.5), "value_lambda must be two numbers"),
-    (dict(value_lambda=(1, 2, 3)), "value_lambda must be two numbers"),
-    (dict(attention="vanilla", value_lambda=(2, 1)), "value_lambda is for resformer, not for van"),
-    (dict(attention="gqa", value_residual="plus"), "value_residual is for resformer"),
-    (dict(attention="svformer", residual_layers=(2,)), "residual_layers is for resformer"),
-    (dict(attention="svformer", neutreno_lambda=3.0), "neutreno_lambda is for neutreno")])
-def test_a_bad_config_is_refused_by_the_name_of_its_field(changes, begins):
-    with pytest.raises(ValueError) as error:
-        tiny_config(**({"attention": "resformer"} | changes))
-    assert str(error.value).startswith(begins)
+@pytest.mark.parametrize("changes", [  # the first field of each is the one to be named
+    dict(n_embd=36), dict(n_kv_head=3, attention="gqa"), dict(n_kv_head=2), dict(init="xavier"),
+    dict(attention="resnet"), dict(attention="vanilla+gqa"),
+    dict(attention="resformer+svformer"), dict(attention="svformer+neutreno"),
+    dict(attention="crosslayer+resformer"), dict(attention="crosslayer+svformer"),
+    dict(attention="neutreno+crosslayer"), dict(residual_layers=(1,)),
+    dict(residual_layers=(5, 6)), dict(residual_layers=(3, 4), attention="resformer+cla"),
+    dict(residual_layers=(2,), attention="svformer"), dict(value_residual="learned"),
+    dict(value_residual="plus", attention="gqa"), dict(value_lambda=0.5),
+    dict(value_lambda=(1, 2, 3)), dict(value_lambda=(2, 1), attention="vanilla"),
+    dict(neutreno_lambda=3.0, attention="svformer")])
+def test_a_bad_config_is_refused_by_the_name_of_its_field(changes):
+    with pytest.raises(ValueError, match=f"^{list(changes)[0]}"):
+        tiny_config(**dict(attention="resformer") | changes)
 
 
 def test_grouped_heads_are_repeated_for_all_but_a_single_query():
@@ -330,9 +289,6 @@ def test_grouped_heads_are_repeated_for_all_but_a_single_query():
         q, k, v = attention.call_args.args
         assert k.shape == v.shape == shape
         assert attention.call_args.kwargs["enable_gqa"] == grouped
-
-
-# ---- generation ---------------------------------------------------------------------------------
 
 
 def generate(model, idx, n, **options):
@@ -388,20 +344,24 @@ def test_draw_follows_the_softmax_of_the_top_k():
         assert draw(logits[:50] * 1e4, temperature, 9).eq(0).all()
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0),
-                                 dict(idx=tokens(T=0))])
-def test_generates_bad_arguments_are_named(bad):
-    with pytest.raises(ValueError, match=f"^{list(bad)[0]}"):
-        next(tiny_model("svformer").generate(**dict(idx=tokens(), max_new_tokens=9) | bad))
-
-
-def test_an_input_that_does_not_fit_is_refused():
-    model = tiny_model("svformer")
+def test_what_a_model_cannot_do_is_refused():
+    model, idx = tiny_model("svformer"), tokens()
     with pytest.raises(ValueError, match="^33 tokens: block_size or max_len allows 32"):
         model(tokens(T=33))
-    for idx, said in ((tokens(T=9), "^9 tokens: .* 8$"), (tokens(B=3, T=8), "differ in batch")):
+    for wrong, said in ((tokens(T=9), "^9 tokens: .* 8$"), (tokens(B=3, T=8), "differ in batch")):
         with pytest.raises(ValueError, match=said):
-            model(idx, cache=KVCache(model.config, 2, 8))
+            model(wrong, cache=KVCache(model.config, 2, 8))
+    for bad in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0),
+                dict(idx=tokens(T=0))):
+        with pytest.raises(ValueError, match=f"^{list(bad)[0]}"):
+            next(model.generate(**dict(idx=idx, max_new_tokens=9) | bad))
+    # A loss that would be another:
+    with pytest.raises(ValueError, match=r"^targets \(2, 24\) must have the shape of idx, \(2, 23"):
+        model(idx[:, :-1], idx)
+    for head in (torch.nn.Linear(32, 37, bias=True), torch.nn.Sequential(model.lm_head)):
+        model.lm_head = head
+        with pytest.raises(ValueError, match="^lm_head must be a Linear without bias"):
+            model(idx, idx)
 
 
 def test_streamed_text_keeps_characters_whole():
@@ -478,18 +438,14 @@ def test_a_folder_is_split_by_documents(folder, capsys):
     assert first == second
 
 
-def fake_stdlib(folder, monkeypatch):
-    for name in ("json/e.py", "a.py", "b.txt", "test/c.py", "site-packages/d.py"):
-        write(f"tests/lib/{name}", f"# {name}\n" * 100)
-    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(folder / "tests/lib"))
-
-
 def test_stdlib_is_this_pythons_and_the_same_each_time(folder, monkeypatch):
     def names():
         return [path.name for path in prepare_data.find_texts("stdlib", Path("data/stdlib"))]
 
     assert "argparse.py" in names()
-    fake_stdlib(folder, monkeypatch)
+    for name in ("json/e.py", "a.py", "b.txt", "test/c.py", "site-packages/d.py"):
+        write(f"tests/lib/{name}", f"# {name}\n" * 100)
+    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(folder / "tests/lib"))
     assert names() == ["a.py", "e.py"]
     for _ in range(2):  # what a first run of train.py prepares by itself; the second finds it
         _, _, meta = train.load_data(TrainConfig())
@@ -570,9 +526,8 @@ def test_shakespeare_is_downloaded_once_and_checked(folder, web, monkeypatch):
         prepare(DataConfig("shakespeare"))
     write(web / "input.txt", text)
     cut = patch.object(prepare_data.shutil, "copyfileobj", lambda a, b: b.write(a.read(1000)))
-    with cut:
-        with pytest.raises(UserError, match="the download ended early"):
-            prepare(DataConfig("shakespeare"))
+    with cut, pytest.raises(UserError, match="the download ended early"):
+        prepare(DataConfig("shakespeare"))
     assert not list(Path("data/shakespeare").iterdir())
     prepare(DataConfig("shakespeare"))
     (web / "input.txt").unlink()
@@ -592,15 +547,13 @@ def test_fineweb_is_whole_shards_and_goes_on_with_those_that_are_there(folder, w
     monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: byte)
     config, first = DataConfig("fineweb", shards=2), web / "fineweb_train_000001.bin"
     good = shard([1, 2])  # 4 bytes each of magic number, version, count
-    for wrong in (b"!" + good[1:], good[:4] + b"!" + good[5:], good[:-2], good + b"!",
-                  b"<html>nothing</html>\n\n", b""):
+    for wrong in (b"!" + good[1:], good[:4] + b"!" + good[5:], good[:-2], good + b"!", b""):
         write(first, wrong)
         with pytest.raises(UserError, match="no shard of tokens"):
             prepare(config)
         assert not list(Path("data/fineweb").iterdir())
 
-    ids = [np.random.default_rng(i).integers(0, 257, 3000) for i in range(3)]
-    ids[0][0] = 256
+    ids = [np.arange(257), np.arange(100), np.arange(200)]  # 256 is end-of-text
     write(first, shard(ids[0]))
     write(web / "fineweb_train_000002.bin", shard(ids[1]))
     with pytest.raises(UserError, match="run this again"):  # no validation shard yet
@@ -667,20 +620,6 @@ def fresh_model_and_batches(config):
     return GPT(train.model_config(config, 257)), batch
 
 
-@pytest.mark.parametrize("attention", ["resformer", "crosslayer+denseformer", "svformer+gqa"])
-def test_training_learns(small_run, attention):
-    config = replace(small_run, attention=attention, max_steps=30, eval_every=12, lr=1e-2)
-    model, history = train.train(config, verbose=False)
-    assert [record["step"] for record in history] == list(range(1, 31))
-    assert history[-1]["val_loss"] < history[0]["loss"] - 0.5
-    assert history[-1]["bits_per_byte"] == pytest.approx(history[-1]["val_loss"] / math.log(2))
-    assert history == read_log("run")
-    assert [r["step"] for r in history if "val_loss" in r] == [12, 24, 30]
-    saved = GPT(GPTConfig(**train.load_checkpoint(Path("run/ckpt.pt"))["model_config"]))
-    saved.load_state_dict(state("run")[0])
-    assert torch.equal(saved(tokens())[0], model(tokens())[0])
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_is_close(small_run, dtype):
     config = replace(small_run, lr=1e-2)
@@ -690,21 +629,18 @@ def test_mixed_precision_is_close(small_run, dtype):
 
 
 @needs_muon
-@pytest.mark.parametrize("broken", [None, 3, -1])  # q_proj's is Muon's, lm_head's AdamW's
-def test_a_float16_step_that_overflows_is_left_out_by_both_optimizers(small_run, monkeypatch,
-                                                                      broken):
-    init_scale = 2.0**8
-    if broken is None:
-        init_scale = 2.0**125
-    else:  # one gradient overflows, of Muon's matrices or of AdamW's
-        average = train.average_over_processes
+@pytest.mark.parametrize("init_scale, place, factor", [  # 3: q_proj, for Muon; -1: lm_head, AdamW
+    (2.0**125, 3, 1.0), (2.0**8, 3, math.inf), (2.0**8, -1, math.inf)])
+def test_a_float16_step_that_overflows_is_left_out_by_both_optimizers(
+        small_run, monkeypatch, init_scale, place, factor):
+    average = train.average_over_processes
 
-        def overflow(tensors):
-            if len(tensors) > 1:
-                tensors[broken].fill_(math.inf)  # the loss, then the gradients in their order
-            average(tensors)
+    def overflow(tensors):
+        if len(tensors) > 1:
+            tensors[place] *= factor  # the loss, then the gradients in their order
+        average(tensors)
 
-        monkeypatch.setattr(train, "average_over_processes", overflow)
+    monkeypatch.setattr(train, "average_over_processes", overflow)
     monkeypatch.setattr(torch.amp, "GradScaler",
                         partial(torch.amp.GradScaler, init_scale=init_scale))
     config = replace(small_run, dtype="float16", max_steps=1, optimizer="muon")
@@ -728,50 +664,43 @@ def test_learning_rate_rises_then_follows_a_cosine():
         assert train.learning_rate(config, 0) == lr
 
 
-def test_steps_are_adamw_on_the_whole_batch_with_clipping_and_no_decay_of_vectors(small_run):
-    config = replace(small_run, attention="denseformer", batch_size=2, grad_accum=3, max_steps=3,
-                     lr=1e-2, grad_clip=0.3, weight_decay=0.5)
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_steps_are_the_optimizers_on_the_whole_batch_with_clipping(small_run, name):
+    """Muon has the layers' matrices, AdamW all else. Vectors don't decay."""
+    config = replace(small_run, optimizer=name, attention="denseformer", batch_size=2,
+                     grad_accum=3, max_steps=3, eval_every=2, lr=1e-2, grad_clip=0.3,
+                     weight_decay=0.5)
     history = run(config)
     model, batch = fresh_model_and_batches(config)
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.5),
-                               dict(params=vectors, weight_decay=0)], betas=(0.9, 0.95))
+    matrices = [model.embed_tokens.weight, model.lm_head.weight]
+    hidden = [p for p in model.layers.parameters() if p.dim() > 1]
+    if name == "adamw":
+        matrices += hidden
+    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=0.5),
+                                     dict(params=vectors, weight_decay=0)], betas=(0.9, 0.95))]
+    if name == "muon":
+        optimizers.append(torch.optim.Muon(hidden, weight_decay=0.5,
+                                           adjust_lr_fn="match_rms_adamw"))
     for step, lr in enumerate((5e-3, 1e-2, 1e-2)):
         model.zero_grad()
         _, loss = model(*batch(step))
         loss.backward()
-        assert history[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert history[step]["step"] == step + 1
+        assert history[step]["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3) > 0.3
-        for group in adamw.param_groups:
-            group["lr"] = lr
-        adamw.step()
-    torch.testing.assert_close(state("run")[0], model.state_dict(), rtol=0, atol=1e-4)
-
-
-@needs_muon
-def test_a_step_of_muon(small_run):
-    """The layers' matrices move by 0.2 sqrt(longer side) lr times an orthogonal matrix, nearly.
-    All else moves by AdamW, whose first step is lr times the gradient's sign. Vectors don't decay.
-    """
-    config = replace(small_run, optimizer="muon", value_residual="learnable", max_steps=1, lr=1e-2,
-                     warmup_steps=0, grad_clip=0, weight_decay=20)
-    run(config)
-    model, batch = fresh_model_and_batches(config)
-    model.double()(*batch(0))[1].backward()
-    trained = state("run")[0]
-    for name, p in model.named_parameters():
-        moved = trained[name] - p.detach() * (1 - 1e-2 * (20 if p.dim() > 1 else 0))
-        if p.dim() > 1 and name.startswith("layers."):
-            size = torch.linalg.svdvals(moved) / (1e-2 * 0.2 * math.sqrt(max(p.shape)))
-            # Rough, as Muon's iteration is, which leaves a direction without gradient alone.
-            assert 0.6 < size.median() and size.max() < 1.4, (name, size)
-            alike = -(moved * p.grad).sum() / torch.linalg.svdvals(p.grad).sum()
-            assert alike == pytest.approx(1e-2 * 0.2 * math.sqrt(max(p.shape)), rel=0.3), name
-        else:
-            clear = p.grad.abs() > 1e-6
-            expected = -1e-2 * p.grad.sign()[clear]
-            torch.testing.assert_close(moved[clear], expected, rtol=0.02, atol=0, msg=name)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+    atol = 1e-4 if name == "adamw" else 5e-4  # Muon computes in bfloat16; a step is about 2e-3
+    torch.testing.assert_close(state("run")[0], model.state_dict(), rtol=0, atol=atol)
+    assert ["val_loss" in record for record in history] == [False, True, True]
+    model.load_state_dict(state("run")[0])
+    _, val_data, _ = prepare_data.load("text")
+    val_loss = train.evaluate(model, val_data, config, torch.device("cpu"), None)
+    assert history[-1]["val_loss"] == val_loss
+    assert history[-1]["bits_per_byte"] == pytest.approx(val_loss / math.log(2))
 
 
 @pytest.mark.parametrize("start_token", [False, True])
@@ -782,30 +711,12 @@ def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_token
     model = tiny_model("vanilla", torch.float32, vocab_size=257)
     start_id = 256 if start_token else None
     got = train.evaluate(model, data, config, torch.device("cpu"), start_id)
-    each = []
-    for i in range(n):  # 512 tokens are 16 windows: 12 are whole batches of 6
-        start = int(i * (len(data) - 33) / max(1, n - 1))
-        text = torch.tensor(data[start:start + 33])[None]
-        if start_token:
-            text = torch.cat((torch.tensor([[256]]), text[:, :32]), dim=1)
-        each.append(model(text[:, :-1], text[:, 1:])[1].item())
-    assert got == pytest.approx(np.mean(each), rel=1e-6)
-
-
-def test_with_a_start_token_every_sequence_begins_with_end_of_text(small_run, monkeypatch):
-    seen = []
-    hidden_states = GPT.hidden_states
-
-    def watched(self, idx, cache=None):
-        seen.append(idx)
-        return hidden_states(self, idx)
-
-    monkeypatch.setattr(GPT, "hidden_states", watched)
-    config = replace(small_run, start_token=True, max_steps=2, eval_every=2)
-    bench.measure_run(config, 8)
-    assert len(seen) > 4 and all(idx[:, 0].eq(256).all() for idx in seen)
-    assert all(idx[:, 1:].ne(256).all() for idx in seen)
-    assert max(idx.size(1) for idx in seen) == 32
+    starts = np.arange(n) * (len(data) - 33) // max(1, n - 1)  # 16 fit; 12 are whole batches
+    text = torch.tensor(data[starts[:, None] + np.arange(33)])
+    if start_token:
+        text = F.pad(text[:, :32], (1, 0), value=256)
+    _, expected = model(text[:, :-1], text[:, 1:])
+    assert got == pytest.approx(expected.item(), rel=1e-5)
 
 
 def cut_save(obj, f):
@@ -827,12 +738,10 @@ def test_killed_anywhere_and_resumed_it_is_bit_identical(small_run, monkeypatch,
                 raise KeyboardInterrupt
             return learning_rate(config, step)
 
-        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-            context.setattr(train, "learning_rate", stop)
-            run(killed)
-        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):  # while it saves
-            context.setattr(torch, "save", cut_save)
-            run(killed)
+        for owner, name, kill in ((train, "learning_rate", stop), (torch, "save", cut_save)):
+            with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+                context.setattr(owner, name, kill)
+                run(killed)
         if place > 3:
             steps = train.load_checkpoint(Path("killed/ckpt.pt"))["history"]
             assert read_log("killed") == steps and len(steps) == place // 3 * 3
@@ -859,17 +768,13 @@ def test_what_a_resumed_run_may_change(small_run, monkeypatch):
     assert len(run(replace(small_run, resume=True, seed=5))) == 12
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(optimizer="Muon"), "--optimizer must be one of"), (dict(compile=False), "--compile must"),
-    (dict(dtype="int8"), "--dtype must be one of"), (dict(size="big"), "--size must be one of"),
-    (dict(lr=np.float64(1e-2)), "--lr must be a plain value"), (dict(seed=None), "--seed must be"),
-    (dict(value_lambda=(np.float64(1), 1.0)), "--value_lambda must be a plain value"),
-    (dict(out_dir=Path("x")), "--out_dir must be a plain value"),
-    (dict(eval_every=0), "--eval_every must be a finite number of at least 1"),
-    (dict(lr=math.inf), "--lr must be a finite number"), (dict(n_head=0), "--n_head must be")])
-def test_values_that_no_flag_takes_are_refused_before_any_work(small_run, changes, words):
+@pytest.mark.parametrize("changes", [
+    dict(optimizer="Muon"), dict(compile=False), dict(dtype="int8"), dict(size="big"),
+    dict(lr=np.float64(1e-2)), dict(value_lambda=(np.float64(1), 1.0)), dict(seed=None),
+    dict(out_dir=Path("x")), dict(eval_every=0), dict(n_head=0), dict(lr=math.inf)])
+def test_values_that_no_flag_takes_are_refused_before_any_work(small_run, changes):
     before = contents(".")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"^--{list(changes)[0]} must be"):
         run(replace(small_run, **changes))
     assert contents(".") == before
 
@@ -937,41 +842,28 @@ def test_what_this_machine_has_is_asked(monkeypatch):
         train.check(TrainConfig(optimizer="muon"))
 
 
-def torchrun(*words):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", str(HERE / "train.py"), *words],
-                          capture_output=True, text=True)
-
-
 def test_torchrun_gives_the_losses_of_one_process(small_run, monkeypatch):
     config = replace(small_run, grad_accum=2, eval_tokens=160)  # 5 windows, not as many for each
-    done = torchrun(*as_flags(config), "--out_dir=both")
-    assert done.returncode == 0, done.stderr
-    assert losses(read_log("both")) == pytest.approx(losses(run(config)), abs=1e-5)
-    assert done.stdout.count("nats per token") == 4  # each line once: three evaluations, the end
-    done = torchrun(*as_flags(config), "--out_dir=both")  # both see that it is there already
-    assert done.returncode == 1 and "both holds a run" in done.stderr
+    words = [str(HERE / "train.py"), *as_flags(config)]
+    one = subprocess.run([sys.executable, *words, "--out_dir=one"], capture_output=True, text=True,
+                         env=os.environ | dict(RANK="1", WORLD_SIZE="2"))  # mean nothing alone
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                *words, "--out_dir=both"]
+    both = subprocess.run(torchrun, capture_output=True, text=True)
+    assert (one.returncode, both.returncode) == (0, 0), one.stderr + both.stderr
+    assert losses(read_log("both")) == pytest.approx(losses(read_log("one")), abs=1e-5)
+    assert both.stdout.count("nats per token") == 4  # each line once: three evaluations, the end
+    again = subprocess.run(torchrun, capture_output=True, text=True)  # both see the first one's
+    assert again.returncode == 1 and "both holds a run" in again.stderr
     monkeypatch.setattr(train, "WORLD", 2)
     with pytest.raises(UserError, match="--batch_size 5 must divide by the 2 processes"):
         train.check(TrainConfig(batch_size=5))
 
 
-def test_rank_without_torchrun_is_no_run_of_several_processes(small_run):
-    done = subprocess.run([sys.executable, str(HERE / "train.py"), *as_flags(small_run)],
-                          env=os.environ | dict(RANK="1", WORLD_SIZE="2"), capture_output=True)
-    assert done.returncode == 0 and len(read_log("run")) == 12
-
-
-@pytest.mark.parametrize("broken", ["lm_head.weight", "val"])
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, monkeypatch, broken):
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(small_run, monkeypatch):
     run(replace(small_run, max_steps=4))
-    ckpt = train.load_checkpoint(Path("run/ckpt.pt"))
-    if broken == "val":
-        monkeypatch.setattr(train, "evaluate", lambda *_: math.inf)
-    else:
-        ckpt["model"][broken][0, 0] = math.nan
-    torch.save(ckpt, "run/ckpt.pt")
     before = Path("run/ckpt.pt").read_bytes()
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.inf)
     with pytest.raises(UserError, match="step 8: the loss is not finite: try a lower --lr"):
         run(replace(small_run, resume=True))
     assert Path("run/ckpt.pt").read_bytes() == before
@@ -1046,17 +938,14 @@ def test_the_task_asks_which_of_four_continuations_is_the_likeliest(start_id):
 
 
 def test_gaps_are_paired_by_seed_with_students_interval():
-    def value(x):
-        return x
-
     first = {1: 1.0, 2: 2.0, 3: 3.0}
     spread = 4.303 * np.std([0.1, 0.3, 0.5], ddof=1) / math.sqrt(3)
     mean = np.mean([3.5, 1.1, 2.3, 100])
-    got = bench.cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, first, value, 3)
+    got = bench.cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, first, float, 3)
     assert got == f"{mean:.3f} +0.300 ±{spread:.3f}"
-    assert bench.cell(first, first, value, 1) == "2.0"
-    assert bench.cell({1: 0.5}, first, value, 1) == "0.5 -0.5"
-    assert bench.cell({8: 0.5}, first, value, 1) == "0.5"
+    assert bench.cell(first, first, float, 1) == "2.0"
+    assert bench.cell({1: 0.5}, first, float, 1) == "0.5 -0.5"
+    assert bench.cell({8: 0.5}, first, float, 1) == "0.5"
     assert bench.interval([1.0] * 20) == 0
 
 
@@ -1114,10 +1003,6 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
         small_bench(*asked, "--weight_decay", "0.2")
     with pytest.raises(UserError, match="--dtype is torch.bfloat16, but b holds"):
         small_bench(*asked, "--dtype", "bfloat16")
-    before = contents("b")
-    with pytest.raises(UserError, match="--dataset nowhere isn't there"):
-        small_bench(*asked, "--overwrite", "--dataset", "nowhere")
-    assert contents("b") == before  # nothing is deleted before it is known that the bench can run
     write("text.txt", "another text\n" * 2000)
     prepare(DataConfig("text.txt"))
     with pytest.raises(UserError, match="--dataset text is not what the runs in b have read"):
@@ -1149,10 +1034,6 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
     printed = small_bench(*asked, bad, "gqa", "gqa", "--out_dir", "e")
     assert "not measured: step 2: the loss is not finite" in printed  # the others are
     assert [r["variant"] for r in bench.read_records(Path("e"))] == ["vanilla", "gqa"]
-    with open("b/results.jsonl", "a") as f:
-        f.write('{"variant": "van')  # killed in a write
-    with pytest.raises(UserError, match="results.jsonl, line 3 can't be read"):
-        small_bench("--show", "b")
 
 
 def test_the_figures(small_bench, monkeypatch):
@@ -1198,30 +1079,24 @@ def test_the_figures(small_bench, monkeypatch):
     assert "no figures: pip install matplotlib" in small_bench("--show", "b")
 
 
-def test_the_fingerprint_is_of_all_that_makes_the_numbers(tmp_path, monkeypatch):
-    for name in ("model.py", "train.py"):
-        shutil.copy(HERE / name, tmp_path)
-    before = bench.fingerprint()
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
-    for name, old, new, same in (
-            ("model.py", "# Token t of this", "# token t of this", True),
-            ("model.py", "The language model.", "A model.", True),
-            ("train.py", "try a lower --lr", "lower --lr", True),
-            ("model.py", "choose from", "take one of", True),
-            ("train.py", "layers, heads and width of", "depth of", True),
-            ("model.py", "10000.0", "9999.0", False), ("train.py", "flag(50", "flag(60", False)):
-        text = (HERE / name).read_text(encoding="utf-8")
-        assert text.count(old) == 1
-        (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
-        assert (bench.fingerprint() == before) == same, new
-        shutil.copy(HERE / name, tmp_path)
-    source = bench.inspect.getsource
-    monkeypatch.setattr(bench.inspect, "getsource",
-                        lambda f: source(f).replace("importance[0]", "importance[0] ** 2"))
-    assert bench.fingerprint() != before
+def test_the_fingerprint_is_of_all_that_makes_the_numbers(monkeypatch):
+    code = "".join((HERE / name).read_text(encoding="utf-8") for name in ("model.py", "train.py"))
+    code += bench.inspect.getsource(bench)
+    before, read, source = bench.fingerprint(), Path.read_text, bench.inspect.getsource
+    for old, new, same in (
+            ("# Token t of this", "# token t of this", True),
+            ("The language model.", "A model.", True), ("try a lower --lr", "lower --lr", True),
+            ("choose from", "take one of", True), ("layers, heads and width", "depth", True),
+            ("10000.0", "9999.0", False), ("flag(50", "flag(60", False),
+            ("importance=importance[0]", "importance=importance[1]", False)):
+        assert code.count(old) == 1
+        with monkeypatch.context() as context:
+            context.setattr(Path, "read_text", lambda *a, **k: read(*a, **k).replace(old, new))
+            context.setattr(bench.inspect, "getsource", lambda f: source(f).replace(old, new))
+            assert (bench.fingerprint() == before) == same, old
 
 
-# ---- the scripts, as a user types them ----------------------------------------------------------
+# ---- the scripts and README's commands, as a user types them -------------------------------------
 
 
 @pytest.fixture
@@ -1260,49 +1135,36 @@ def test_from_data_to_text(folder, script):
     assert script("sample.py", *flags, "--prompt=FILE:prompt.txt")[1] == expected
 
 
-def test_a_model_that_knows_the_start_token_gets_it(small_run, script):
-    run(replace(small_run, start_token=True))
-    flags = ("--out_dir=run", "--prompt=1", "--max_new_tokens=9", "--temperature=0", "--device=cpu")
-    model = GPT(GPTConfig(**train.load_checkpoint(Path("run/ckpt.pt"))["model_config"]))
-    model.load_state_dict(state("run")[0])
-    ids = generate(model, torch.tensor([[256, ord("1")]]), 9, temperature=0)[0].tolist()
-    expected = "".join(prepare_data.stream_text(get_tokenizer("byte"), ids))
-    assert script("sample.py", *flags)[1].startswith("1" + expected)
+def test_with_a_start_token_every_sequence_begins_with_end_of_text(small_run, script):
+    config = replace(small_run, start_token=True, eval_every=12)
+    with patch.object(GPT, "hidden_states", autospec=True, side_effect=GPT.hidden_states) as calls:
+        bench.measure_run(config, 8)
+        _, out, _ = script("sample.py", "--out_dir=run", "--prompt=1", "--max_new_tokens=9",
+                           "--temperature=0", "--no_cache", "--device=cpu")
+    seen = [call.args[1] for call in calls.call_args_list]
+    assert all(idx[:, 0].eq(256).all() and idx[:, 1:].ne(256).all() for idx in seen)
+    assert max(idx.size(1) for idx in seen) == 32
+    last = seen[-1][0].tolist()  # all of the sample but its last token
+    assert len(last) == 10 and last[1] == ord("1")
+    assert out.startswith("".join(prepare_data.stream_text(get_tokenizer("byte"), last)))
 
 
 def test_what_a_terminal_cannot_show_is_replaced(folder, script):
     write("漢字.txt", "漢" * 1000)
-    for encoding, name, *flags in (
-            ("ascii", "prepare_data.py", "漢字.txt"),
-            ("cp1252", "train.py", *as_flags(SMALL), "--dataset=漢字", "--out_dir=漢"),
-            ("cp1252", "sample.py", "--out_dir=漢", "--prompt=漢", "--max_new_tokens=1",
-             "--device=cpu")):
-        sys.stdout.reconfigure(encoding=encoding, errors="strict")
-        status, out, _ = script(name, *flags)
-        assert status == 0 and "?" in out
-
-
-def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(small_run, script, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", Mock(side_effect=KeyboardInterrupt))
-    status, _, error = script("train.py", *as_flags(small_run))
-    assert (status, error) == (130, "train.py: stopped; add --resume to go on from the last "
-                                    "evaluation\n")
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    status, out, _ = script("prepare_data.py", "漢字.txt")
+    assert status == 0 and "?" in out
 
 
 # Lines of a shell, and words that must be in the one line that comes; the folder is broken_things.
 BAD_INPUTS = [line.split(" -> ") for line in """
 prepare_data.py nowhere -> nowhere is no file or folder
-prepare_data.py empty.txt -> no UTF-8 text
-prepare_data.py one_byte.txt -> too short
+prepare_data.py short.txt -> too short
 prepare_data.py elsewhere/text.txt -> data/text holds data from elsewhere
 prepare_data.py ./stdlib/../stdlib -> 'stdlib' cannot be the name
-prepare_data.py data/text -> data/text holds data from elsewhere
 prepare_data.py fineweb --tokenizer byte -> --tokenizer
 prepare_data.py fineweb --shards 0 -> --shards
-prepare_data.py --bogus -> --bogus
 train.py --attention resnet -> --attention 'resnet': choose from
-train.py --size 83M -> --size
-train.py --n_layer 1.5 -> --n_layer
 train.py --n_embd 0 -> --n_embd must be a finite number of at least 1
 train.py --dataset nothing -> --dataset nothing isn't there yet
 train.py --dataset odd -> train.bin should be
@@ -1326,8 +1188,10 @@ bench.py --variants resnet -> --variants resnet: --attention 'resnet': choose fr
 bench.py --rounds 0 -> --rounds
 bench.py --variants vanilla 'resformer --seed 7' -> --seed is for all variants alike
 bench.py --n_layer 10 --variants vanilla 'svformer --residual_layers 9' -> residual_layers is for
+bench.py --seed 7 -> --seed
 bench.py --show nowhere -> --show nowhere
-bench.py --attention cla -> --attention
+bench.py --show torn -> torn/results.jsonl, line 1 can't be read
+bench.py --overwrite --out_dir torn --dataset nothing -> --dataset nothing isn't there
 """.strip().splitlines()]
 
 
@@ -1340,7 +1204,8 @@ def broken_things(tmp_path_factory):
             write(f"{name}.txt", f"a line of {name}\n" * 500)
             prepare(DataConfig(f"{name}.txt"))
         write("empty.txt", "")
-        write("one_byte.txt", "a")
+        write("short.txt", "x" * 19)
+        write("torn/results.jsonl", '{"variant": "van')  # killed in a write
         write("elsewhere/text.txt", "another text of the same name\n" * 99)
         write("stdlib/a.py", "# not Python's\n" * 99)
         for name in ("odd", "no_val"):
@@ -1372,19 +1237,14 @@ def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypat
     assert contents(broken_things) == before
 
 
-@pytest.mark.parametrize("error, line", [
-    (OSError(28, "No space left"), "[Errno 28] No space left"), (UserError("a\nb"), "a"),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), None)])
-def test_only_mistakes_become_a_line(error, line, capfd, monkeypatch):
+def test_only_mistakes_become_a_line(capfd, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x/train.py"])
-    with pytest.raises(SystemExit if line else type(error)) as ended:
-        with prepare_data.one_line_errors():
+    for error, status, line in ((UserError("a\nb"), 2, "a"), (KeyboardInterrupt(), 130, "stopped")):
+        with pytest.raises(SystemExit) as ended, prepare_data.one_line_errors("stopped"):
             raise error
-    if line:
-        assert ended.value.code == 2 and capfd.readouterr().err == f"train.py: {line}\n"
-
-
-# ---- README -------------------------------------------------------------------------------------
+        assert (ended.value.code, capfd.readouterr().err) == (status, f"train.py: {line}\n")
+    with pytest.raises(RuntimeError), prepare_data.one_line_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def readme(kind):
