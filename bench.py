@@ -53,20 +53,17 @@ OWN_FLAGS |= {"size", "optimizer", "lr", "min_lr", "warmup_steps", "weight_decay
 class BenchConfig(TrainConfig):
     variants: tuple = flag(SYSTEMS, "what to compare, the first with all others: names as in "
                            "--attention, or in quotes a name and flags of its own", nargs="+",
-                           type=str, group="comparison")
-    seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", type=int,
-                        at_least=0)
+                           group="comparison")
+    seeds: tuple = flag((1, 2, 3), "each variant is trained once with each", nargs="+", at_least=0)
     parts: tuple = flag(PARTS, "what to measure; loss includes attention and the task", nargs="+",
-                        type=str, choices=PARTS)
+                        choices=PARTS)
     questions: int = flag(4000, "questions of the task", at_least=1)
     contexts: tuple = flag((128, 4096), "tokens in the cache; decoding is timed at the largest",
-                           nargs="+", type=int, at_least=1)
+                           nargs="+", at_least=1)
     decode_batch: int = flag(8, "speed: sequences that are decoded at once", at_least=1)
-    rounds: int = flag(9, "speed: how often each variant is timed, in turns with the first",
-                       at_least=1)
+    rounds: int = flag(9, "speed: timings of each variant, in turns with the first", at_least=1)
     quick: bool = flag(False, "one seed, 80 steps, in out/quick: minutes, and noise")
-    show: str | None = flag(None, "print and draw what is in this folder, measure nothing",
-                            type=str)
+    show: str | None = flag(None, "print and draw what is in this folder, measure nothing")
     out_dir: str = flag("out/bench", "the folder of the experiment")
     overwrite: bool = flag(False, "begin the folder anew")
     # No flags here: --variants and --seeds replace two, and unfinished runs are always resumed.
@@ -75,26 +72,22 @@ class BenchConfig(TrainConfig):
     resume: bool = True
 
 
-def list_runs(config: BenchConfig) -> list[tuple[str, TrainConfig]]:
-    """(variant, how it is trained), the first seed's first. Raises UserError before any work."""
-    runs = []
-    for seed in config.seeds:
-        for variant in config.variants:
-            try:
-                own, given = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
-                if not given <= OWN_FLAGS:
-                    raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give "
-                                    "it outside the quotes")
-                flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-                for name, user in USED_BY.items():
-                    if user not in own.attention.split("+"):
-                        del flags[name]  # the variant does not use it
-                flags |= {name: getattr(own, name) for name in given}
-                run = TrainConfig(**flags | dict(seed=seed, overwrite=False))
-                check(run)
-            except UserError as error:
-                raise UserError(f"--variants {variant}: {error}") from None
-            runs.append((variant, run))
+def list_runs(config: BenchConfig) -> dict[str, TrainConfig]:
+    """{variant: how it is trained}, whatever the seed. Raises UserError before any work."""
+    runs = {}
+    for variant in config.variants:
+        try:
+            own, given = parse_flags(TrainConfig, __doc__, ["--attention", *variant.split()])
+            if not given <= OWN_FLAGS:
+                raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give it "
+                                "outside the quotes")
+            users = (None, *own.attention.split("+"))  # None: who uses a flag that all use
+            shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
+                      if f.name not in given and USED_BY.get(f.name) in users}
+            runs[variant] = replace(own, **shared | dict(overwrite=False))
+            check(runs[variant])
+        except UserError as error:
+            raise UserError(f"--variants {variant}: {error}") from None
     return runs
 
 
@@ -300,22 +293,23 @@ def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) 
             f"decoding at {context:,}": (decode_16, 16 * n)}
 
 
-def print_speed(runs: list, config: BenchConfig, device):
+def print_speed(runs: dict, config: BenchConfig, device):
     """Times each variant in turns with the first, and prints the ratio and tokens per second."""
     _, _, meta = load_data(config)
-    first = speed_tasks(runs[0][1], config, meta["vocab_size"], device)
+    name, run = next(iter(runs.items()))
+    first = speed_tasks(run, config, meta["vocab_size"], device)
     rows = {}
-    for variant, run in tqdm(runs, desc="speed"):
+    for variant, run in tqdm(runs.items(), desc="speed"):
         tasks = speed_tasks(run, config, meta["vocab_size"], device)
         rows[variant] = {}
-        for name, (function, tokens) in tasks.items():
-            rounds = [(timed(first[name][0], device), timed(function, device))
+        for task, (function, tokens) in tasks.items():
+            rounds = [(timed(first[task][0], device), timed(function, device))
                       for _ in range(config.rounds + 1)]
-            firsts, own = np.transpose(rounds[1:])  # the first round warms up
+            firsts, own = np.transpose(rounds[1:])  # seconds; the first round warms up
             rate, ratio = tokens / np.median(own), np.median(firsts / own)
-            rows[variant][name] = f"{ratio:.2f} ({rate:,.0f})"
+            rows[variant][task] = f"{ratio:.2f} ({rate:,.0f})"
         del tasks, function  # a cache may be most of the memory
-    print_table(f"Speed over {runs[0][0]}'s (tokens per second) on {machine_name(device)}", rows)
+    print_table(f"Speed over {name}'s (tokens per second) on {machine_name(device)}", rows)
 
 
 def machine_name(device) -> str:
@@ -370,12 +364,11 @@ def deeper_half(record: dict, measure: str) -> float:
 
 
 def print_table(title: str, rows: dict):
-    """rows: {variant: {header: cell}}, a header's missing cells are empty."""
-    headers = list(dict.fromkeys(header for row in rows.values() for header in row))
-    lines = [["variant", *headers], [""] * (len(headers) + 1)]
-    lines += [[name, *(row.get(header, "") for header in headers)] for name, row in rows.items()]
+    """rows: {variant: {header: cell}}, the headers of all rows alike."""
+    lines = [["variant", *next(iter(rows.values()))]]
+    lines += [[name, *row.values()] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines[1] = ["-" * width for width in widths]
+    lines.insert(1, ["-" * width for width in widths])
     print(f"\n{title}\n")
     for line in lines:
         print(f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths))} |")
@@ -385,9 +378,7 @@ def print_results(table: dict):
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
     flags, steps = one["flags"], [step for step, _ in one["val_curve"]]
-    # The first evaluation and those nearest to each quarter of the training.
-    quarters = sorted({min(range(len(steps)), key=lambda i: abs(steps[i] - steps[-1] * q / 4))
-                       for q in (0, 1, 2, 3, 4)})
+    shown = np.linspace(0, len(steps) - 1, 5).astype(int)  # five evaluations, the last among them
     losses, curves, layer_1, deeper = {}, {}, {}, {}
     for variant, runs in table.items():
         record = next(iter(runs.values()))
@@ -401,7 +392,7 @@ def print_results(table: dict):
             "share": f"{record['cache_bytes'] / one['cache_bytes']:.0%}"}
         curves[variant] = {
             f"step {steps[i]:,}": cell(runs, first, lambda r: r["val_curve"][i][1], 4)
-            for i in quarters}
+            for i in shown}
         layer_1[variant], deeper[variant] = {}, {}
         for measure, (_, digits) in MEASURES.items():
             layer_1[variant][measure] = cell(runs, first, lambda r: r["attention"][measure][0],
@@ -409,8 +400,8 @@ def print_results(table: dict):
             deeper[variant][measure] = cell(runs, first, lambda r: deeper_half(r, measure), digits)
     baseline = even(flags["block_size"], one["value_width"])
     layer_1["even, random"] = {measure: f"{baseline[measure]:.{digits}f}"
-                               for measure, (_, digits) in MEASURES.items()
-                               if measure != "eigenvalue"}  # which depends on the values' size
+                               for measure, (_, digits) in MEASURES.items()}
+    layer_1["even, random"]["eigenvalue"] = ""  # it depends on the values' size
 
     tokens = steps[-1] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
     minus = f"mean, then minus {name}'s ± its 95% interval"
@@ -430,10 +421,10 @@ def print_results(table: dict):
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
 
 
-def print_caches(runs: list, contexts: tuple):
+def print_caches(runs: dict, contexts: tuple):
     # One token, without storage; the vocabulary does not matter.
     sizes = {variant: KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
-             for variant, run in runs}
+             for variant, run in runs.items()}
     name, whole = next(iter(sizes.items()))
     rows = {}
     for variant, n in sizes.items():
@@ -446,57 +437,47 @@ def print_caches(runs: list, contexts: tuple):
 # -------------------------------------------------------------------------------------------------
 # Figures
 
-STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 110, "errorbar.capsize": 4,
-         "lines.markersize": 5, "font.size": 9}
 MARKERS = "osD^vP*XhpdH<>8"
 
 
 def draw(table: dict, folder: Path):
     """loss.png and attention.png in folder."""
     try:
-        import matplotlib
-        matplotlib.use("agg")  # figures are files, no windows
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print("\nno figures: pip install matplotlib, then start this again")
         return
     # A system has its own colour and marker in every figure.
-    order = [*SYSTEMS, *(variant for variant in table if variant not in SYSTEMS)]
-    style = {variant: dict(color=f"C{i}", marker=MARKERS[i % len(MARKERS)])
-             for i, variant in enumerate(order)}
-    with pyplot.rc_context(STYLE):
-        _, axes = pyplot.subplots(1, 2, figsize=(11, 5))
-        draw_loss(axes, table, style)
-        pyplot.savefig(folder / "loss.png")
-        _, axes = pyplot.subplots(2, 2, figsize=(11, 7.5))
-        draw_attention(axes, table, style)
-        pyplot.savefig(folder / "attention.png")
-    pyplot.close("all")
+    style = {variant: dict(color=f"C{i}", marker=MARKERS[i % len(MARKERS)], markersize=5)
+             for i, variant in enumerate(dict.fromkeys([*SYSTEMS, *table]))}
+    loss = Figure(figsize=(12, 6), layout="constrained")
+    draw_loss(*loss.subplots(1, 2), table, style)
+    loss.savefig(folder / "loss.png")
+    attention = Figure(figsize=(12, 8), layout="constrained")
+    draw_attention(attention, table, style)
+    attention.savefig(folder / "attention.png")
     print(f"\nfigures: {folder}/loss.png and {folder}/attention.png")
 
 
-def draw_loss(axes, table: dict, style: dict):
+def draw_loss(left, right, table: dict, style: dict):
     """The final loss against the KV cache; the loss against steps: both minus the first's."""
-    left, right = axes
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
+    steps = [step for step, _ in one["val_curve"]]
     points, ends, sizes = {}, {}, []
     for variant, runs in table.items():
         gaps = differences(runs, first, lambda r: np.array(r["val_curve"])[:, 1])
         if not gaps:
             print(f"\nnot drawn, no seed in common with {name}: {variant}")
             continue
-        record = next(iter(runs.values()))
-        size = record["cache_bytes"]
+        size = next(iter(runs.values()))["cache_bytes"]
         x = size + 0.02 * one["cache_bytes"] * sizes.count(size)  # equal ones stand side by side
         sizes.append(size)
-        losses = np.array(gaps)  # (seeds, evaluations)
-        error = interval(losses[:, -1]) if len(gaps) > 1 else None
-        points[variant] = x, losses[:, -1].mean()
-        left.errorbar(*points[variant], error, **style[variant])
-        steps = [step for step, _ in record["val_curve"]]
-        draw_seeds(right, steps, losses, style[variant])
-        ends[variant] = steps[-1], losses[:, -1].mean()
+        last = [curve[-1] for curve in gaps]
+        error = interval(last) if len(last) > 1 else None
+        left.errorbar(x, np.mean(last), error, capsize=4, **style[variant])
+        draw_seeds(right, steps, np.array(gaps), style[variant])
+        points[variant], ends[variant] = (x, np.mean(last)), (steps[-1], np.mean(last))
     left.set(xlabel="KV cache, bytes per token in float32 (equal ones side by side)",
              ylabel=f"validation loss minus {name}'s, nats per token (lower is better)")
     right.set(xlabel="steps (thin: each seed, thick: their mean)")
@@ -505,18 +486,20 @@ def draw_loss(axes, table: dict, style: dict):
         label_points(ax, labelled, style)
 
 
-def draw_attention(axes, table: dict, style: dict):
+def draw_attention(figure, table: dict, style: dict):
     """Four of MEASURES by layer."""
-    one = next(iter(next(iter(table.values())).values()))
+    first = next(iter(table.values()))
+    one = next(iter(first.values()))
     baseline = even(one["flags"]["block_size"], one["value_width"])
-    for ax, measure in zip(axes.flat, ("entropy", "first", "value_norm", "hidden_norm")):
+    measures = ("entropy", "first", "value_norm", "hidden_norm")
+    for ax, measure in zip(figure.subplots(2, 2).flat, measures):
         for variant, runs in table.items():
             layers = np.array([record["attention"][measure] for record in runs.values()])
             draw_seeds(ax, range(1, layers.shape[1] + 1), layers, style[variant], label=variant)
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
@@ -555,61 +538,52 @@ def read_records(folder: Path) -> list[dict]:
     return records
 
 
-def measure(config: BenchConfig):
-    """Prints the caches; trains and measures the runs that the folder lacks, a line in
-    results.jsonl for each; times them: what --parts says. UserError if the folder holds an
-    experiment with other flags or data."""
-    runs = list_runs(config)
-    first_seed = runs[:len(config.variants)]  # each variant once
-    if "cache" in config.parts:
-        print_caches(first_seed, config.contexts)
-    folder, device = Path(config.out_dir), pick_device(config.device)
-    if "loss" in config.parts:
-        about = dict(code=fingerprint(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
-                     machine=machine_name(device))
-        # Every flag that all runs of the folder share, as a line of JSON gives it back.
-        shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
-                  if f.name not in (*PLACE, "attention", "seed")}
-        shared |= dict(questions=config.questions, device=device.type,
-                       dtype=str(pick_dtype(config, device)))
-        shared = json.loads(json.dumps(shared))
-        data_sha256 = load_data(config)[2]["sha256"]
-        if config.overwrite:
-            shutil.rmtree(folder / "runs", ignore_errors=True)
-            (folder / "results.jsonl").unlink(missing_ok=True)
-        records = read_records(folder)
-        before = records[0]["flags"] if records else shared
-        for name, value in shared.items():
-            # A flag that is newer than the runs had its default there.
-            then = before.get(name, getattr(BenchConfig, name, None))
-            if then != value:
-                raise UserError(f"--{name} is {value}, but {folder} holds runs with {then}: choose "
-                                "another --out_dir, or --overwrite")
-        if records and records[0]["data_sha256"] != data_sha256:
-            raise UserError(f"--dataset {config.dataset} is not what the runs in {folder} have "
-                            "read: choose another --out_dir, or --overwrite")
-        # An unfinished run is gone on with only by the same code, with the same flags and data.
-        key = json.dumps([shared, about["code"], data_sha256])
-        key = hashlib.sha256(key.encode()).hexdigest()[:12]
-        done = {(record["variant"], record["seed"]) for record in records}
-        for i, (variant, run) in enumerate(runs, start=1):
-            if (variant, run.seed) in done:
-                continue
-            run.out_dir = f"{folder}/runs/{key}-{variant.replace(' ', '_')}-{run.seed}"
-            print(f"run {i} of {len(runs)}: {variant}, seed {run.seed}", flush=True)
-            record = dict(variant=variant, seed=run.seed, flags=shared) | about
-            try:
-                record |= measure_run(run, config.questions)
-            except UserError as error:  # a loss that is not finite: the others go on
-                print(f"not measured: {error}")
-                continue
-            with open(folder / "results.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
-            shutil.rmtree(run.out_dir)
-            done.add((variant, run.seed))
-        show(folder, config.variants)
-    if "speed" in config.parts:
-        print_speed(first_seed, config, device)
+def measure(runs: dict, config: BenchConfig, device):
+    """Trains and measures the runs that the folder lacks, a line in results.jsonl for each.
+    UserError if the folder holds an experiment with other flags or data."""
+    folder = Path(config.out_dir)
+    about = dict(code=fingerprint(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
+                 machine=machine_name(device))
+    # Every flag that all runs of the folder share, as JSON gives it back: a tuple as a list.
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
+              if f.name not in (*PLACE, "attention", "seed")}
+    shared |= dict(questions=config.questions, device=device.type,
+                   dtype=str(pick_dtype(config, device)))
+    shared = json.loads(json.dumps(shared))
+    data_sha256 = load_data(config)[2]["sha256"]
+    if config.overwrite:
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        (folder / "results.jsonl").unlink(missing_ok=True)
+    records = read_records(folder)
+    before = records[0]["flags"] if records else shared
+    for name, value in shared.items():
+        # A flag that is newer than the runs had its default there.
+        then = before.get(name, getattr(BenchConfig, name, None))
+        if then != value:
+            raise UserError(f"--{name} is {value}, but {folder} holds runs with {then}: choose "
+                            "another --out_dir, or --overwrite")
+    if records and records[0]["data_sha256"] != data_sha256:
+        raise UserError(f"--dataset {config.dataset} is not what the runs in {folder} have read: "
+                        "choose another --out_dir, or --overwrite")
+    # An unfinished run is gone on with only by the same code, with the same flags and data.
+    key = json.dumps([shared, about["code"], data_sha256])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    done = {(record["variant"], record["seed"]) for record in records}
+    missing = [(variant, seed) for seed in dict.fromkeys(config.seeds) for variant in runs
+               if (variant, seed) not in done]
+    for i, (variant, seed) in enumerate(missing, start=1):
+        print(f"run {i} of {len(missing)}: {variant}, seed {seed}", flush=True)
+        out_dir = f"{folder}/runs/{key}-{variant.replace(' ', '_')}-{seed}"
+        run = replace(runs[variant], seed=seed, out_dir=out_dir)
+        try:
+            numbers = measure_run(run, config.questions)
+        except UserError as error:  # a loss that is not finite: the others go on
+            print(f"not measured: {error}")
+            continue
+        record = dict(variant=variant, seed=seed, flags=shared) | about | numbers
+        with open(folder / "results.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+        shutil.rmtree(out_dir)
 
 
 def show(folder: Path, variants: tuple):
@@ -641,7 +615,14 @@ def main():
         return show(folder, config.variants if "variants" in given else found)
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
-    measure(config)
+    runs, device = list_runs(config), pick_device(config.device)
+    if "cache" in config.parts:
+        print_caches(runs, config.contexts)
+    if "loss" in config.parts:
+        measure(runs, config, device)
+        show(Path(config.out_dir), config.variants)
+    if "speed" in config.parts:
+        print_speed(runs, config, device)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def flag(default, help: str, **options):
     if default is False:
         options["action"] = "store_true"
     elif default is not None:
-        options.setdefault("type", type(default))
         words = default if isinstance(default, tuple) else (default,)
+        options.setdefault("type", type(words[0]))
         help += f" (default: {' '.join(map(str, words))})".replace("\n", r"\n")
     return field(default=default, metadata=dict(help=help, **options))
 
