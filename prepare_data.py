@@ -69,21 +69,17 @@ def flag(default, help: str, **options):
     return field(default=default, metadata=dict(help=help, **options))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_flags(cls, description: str, argv=None):
     """The command line as (an instance of the dataclass cls, the names of the flags given)."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Without a usage, argparse's own errors are one line too. A flag that isn't given has no value.
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser
     for f in [f for f in fields(cls) if f.metadata]:  # the others are no flags
-        options = dict(f.metadata)
-        options.pop("at_least", None)
-        if "group" in options:
-            group = parser.add_argument_group(options.pop("group"))
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
+        options = {k: v for k, v in f.metadata.items() if k not in ("group", "at_least")}
         positional = options.get("nargs") == "?"
         group.add_argument(f.name if positional else f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
@@ -132,13 +128,11 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these bytes, of ASCII,
     and end-of-text; encoding drops all others. "gpt2": 50,257 ids, downloaded once."""
     if name != "gpt2":
-        alphabet = range(256)
-        pattern = "(?s:.)"
-        if name != "byte":
-            alphabet = [int(byte) for byte in name.split()[1:]]
-            pattern = f"[{re.escape(bytes(alphabet).decode())}]"
+        alphabet = [int(byte) for byte in name.split()[1:]] or range(256)
+        character = "(?s:.)" if name == "byte" else f"[{re.escape(bytes(alphabet).decode())}]"
         return tiktoken.Encoding(
-            name, pat_str=pattern + "{1,512}", special_tokens={"<|endoftext|>": len(alphabet)},
+            name, pat_str=character + "{1,512}",  # pieces, because a long one takes long to encode
+            special_tokens={"<|endoftext|>": len(alphabet)},
             mergeable_ranks={bytes([byte]): i for i, byte in enumerate(alphabet)})
     try:
         return tiktoken.get_encoding("gpt2")
@@ -174,8 +168,6 @@ def fetch(url: str, path: Path) -> Path:
             size = int(response.headers.get("Content-Length", 0))
             with tqdm.wrapattr(response, "read", size, desc=path.name) as body:
                 shutil.copyfileobj(body, f)
-            if f.tell() < size:
-                raise OSError("the download ended early")
     except (OSError, HTTPException) as error:
         raise UserError(f"{url}: {error!r}; run this again") from None
     return path
@@ -244,24 +236,23 @@ def encode(texts: list[str], tokenizer):
         yield tokenizer.encode_to_numpy(text, disallowed_special=())
 
 
-def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bigram-Backcopy, arXiv 2410.13835: (bytes (streams, length), the triggers). Each byte
-    follows the one before as often as it does in the text, but after a trigger, one of the text's
-    three most frequent bytes, the byte before the trigger comes again."""
-    source = np.frombuffer(text, dtype=np.uint8)
-    counts = np.zeros((256, 256))
-    np.add.at(counts, (source, np.roll(source, -1)), 1)  # after the last byte comes the first
-    triggers = np.argsort(counts.sum(axis=1))[-3:]
-    # In row a: how probable it is that at most b follows a.
-    totals = counts.sum(axis=1, keepdims=True)
-    cumulative = counts.cumsum(axis=1) / np.maximum(1, totals)
+def backcopy(source: np.ndarray, streams: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bigram-Backcopy, arXiv 2410.13835: (ids (streams, length), the triggers). Each id follows
+    the one before as often as it does in source, but after a trigger, one of source's three most
+    frequent ids, the id before the trigger comes again."""
+    n = source.max() + 1  # different ids
+    counts = np.zeros((n, n))
+    np.add.at(counts, (source, np.roll(source, -1)), 1)  # after the last id comes the first
+    totals = counts.sum(axis=1)
+    triggers = totals.argsort()[-3:]
+    cumulative = counts.cumsum(axis=1) / totals[:, None]  # (a, b): P(at most b follows a)
     rng = np.random.default_rng(0)
     ids = np.empty((length, streams), dtype=np.int64)
     ids[0] = rng.choice(source[~np.isin(source, triggers)], streams)
     for i in range(1, length):  # all streams at once
         last = ids[i - 1]
         drawn = (cumulative[last] <= rng.random((streams, 1))).sum(axis=1)
-        # The first byte is no trigger, so that i - 2 is there.
+        # The first id is no trigger, so that i - 2 is there.
         ids[i] = np.where(np.isin(last, triggers), ids[i - 2], drawn)
     return ids.T, triggers
 
@@ -270,9 +261,12 @@ def backcopy(text: bytes, streams: int, length: int) -> tuple[np.ndarray, np.nda
 # Preparing and loading a data set
 
 
+NAMED = ("stdlib", "shakespeare", "fineweb", "backcopy")
+
+
 @dataclass
 class DataConfig:
-    dataset: str = flag("stdlib", "stdlib, shakespeare, fineweb, backcopy or a path", nargs="?")
+    dataset: str = flag("stdlib", f"{', '.join(NAMED)} or a path", nargs="?")
     tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); the "
                                  "other one writes data/<name>-gpt2", choices=("byte", "gpt2"))
     shards: int = flag(1, "fineweb: training shards, 100M tokens each", at_least=1)
@@ -280,23 +274,22 @@ class DataConfig:
 
 def prepare(config: DataConfig) -> Path:
     """Writes a data set and returns its folder. UserError if that can't be done."""
-    dataset = config.dataset
-    if (dataset, config.tokenizer) in (("fineweb", "byte"), ("backcopy", "gpt2")):
-        raise UserError(f"--tokenizer {config.tokenizer}: {dataset} comes in other tokens")
-    named = ("stdlib", "shakespeare", "fineweb", "backcopy")
-    name = source = dataset
-    if dataset not in named:
+    name = source = dataset = config.dataset
+    if dataset not in NAMED:
         path = Path(dataset).resolve()
         if not path.exists():
-            raise UserError(f"{dataset} is no file or folder, nor {', '.join(named)}")
-        name, source = path.name if path.is_dir() else path.stem, str(path)
-        if name in named:
+            raise UserError(f"{dataset} is no file or folder, nor {', '.join(NAMED)}")
+        name = path.name if path.is_dir() else path.stem
+        source = str(path)
+        if name in NAMED:
             raise UserError(f"'{name}' cannot be the name of a data set of yours: rename {dataset}")
     usual = "gpt2" if dataset == "fineweb" else "byte"
-    tokenizer = get_tokenizer(config.tokenizer or usual)
-    if tokenizer.name != usual:
-        name += f"-{tokenizer.name}"
-    out = Path("data", name)
+    tokens = config.tokenizer or usual
+    if tokens != usual:
+        if dataset in ("fineweb", "backcopy"):
+            raise UserError(f"--tokenizer {tokens}: {dataset} comes in other tokens")
+        name += f"-{tokens}"
+    out, tokenizer = Path("data", name), get_tokenizer(tokens)
     meta = out / "meta.json"
     if meta.exists() and json.loads(meta.read_bytes())["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
@@ -308,15 +301,12 @@ def prepare(config: DataConfig) -> Path:
         val = read_shards([out / "fineweb_val_000000.bin"])
     elif dataset == "backcopy":
         [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
-        # 27 characters, the letters and the space. Each has an id, and there are no other ids.
-        text = re.sub("[^a-z]+", " ", text.lower())
-        ids, triggers = backcopy(text.encode(), streams=1100, length=4095)
-        alphabet = np.unique(ids)
-        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *alphabet])))
-        more["triggers"] = np.searchsorted(alphabet, triggers).tolist()
-        ids = np.searchsorted(alphabet, ids)  # (1100, 4095)
-        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)
+        text = re.sub("[^a-z]+", " ", text.lower())  # 27 characters
+        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *sorted(set(text.encode()))])))
+        ids, triggers = backcopy(tokenizer.encode_to_numpy(text), streams=1100, length=4095)
+        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)  # (1100, 4096)
         train, val = ids[:1000], ids[1000:]
+        more["triggers"] = triggers.tolist()
     else:
         texts = read_texts(dataset, find_texts(dataset, out))
         train, val = (encode(part, tokenizer) for part in texts)
@@ -332,17 +322,19 @@ def write_dataset(out: Path, tokenizer, train, val, more: dict):
     sha256 = hashlib.sha256()
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
         for part, f, pieces in (("train", train_file, train), ("val", val_file, val)):
-            counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)  # of each id
+            meta |= {f"{part}_tokens": 0, f"{part}_bytes": 0}
             for ids in tqdm(pieces, desc=part, unit=" pieces"):
                 data = ids.astype("<u2").tobytes()
                 f.write(data)
                 sha256.update(data)
-                counts += np.bincount(ids, minlength=tokenizer.n_vocab)
-            meta[f"{part}_tokens"] = int(counts.sum())
-            meta[f"{part}_bytes"] = int(counts @ n_bytes)
+                meta[f"{part}_tokens"] += len(ids)
+                meta[f"{part}_bytes"] += int(np.bincount(ids, minlength=len(n_bytes)) @ n_bytes)
         (out / "meta.json").unlink(missing_ok=True)  # an old one must never describe new ids
+    meta["sha256"] = sha256.hexdigest()
     with replace_file(out / "meta.json") as f:
-        f.write(json.dumps(meta | dict(sha256=sha256.hexdigest()), indent=1).encode())
+        f.write(json.dumps(meta, indent=1).encode())
+    print(f"{out}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for "
+          f"validation, of {meta['vocab_size']:,} different ones")
 
 
 def load(dataset: str):
@@ -364,8 +356,4 @@ def load(dataset: str):
 
 if __name__ == "__main__":
     with one_line_errors("interrupted; run it again, finished downloads are kept"):
-        config, _ = parse_flags(DataConfig, __doc__)
-        folder = prepare(config)
-        _, _, meta = load(str(folder))
-        print(f"{folder}: {meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} "
-              f"for validation, of {meta['vocab_size']:,} different ones")
+        prepare(parse_flags(DataConfig, __doc__)[0])
