@@ -63,7 +63,7 @@ class BenchConfig(TrainConfig):
     decode_batch: int = flag(8, "speed: sequences that are decoded at once", at_least=1)
     rounds: int = flag(9, "speed: timings of each variant, in turns with the first", at_least=1)
     quick: bool = flag(False, "one seed, 80 steps, in out/quick: minutes, and noise")
-    show: str | None = flag(None, "print and draw what is in this folder, measure nothing")
+    show: str | None = flag(None, "print and draw what this folder holds, measure nothing")
     out_dir: str = flag("out/bench", "the folder of the experiment")
     overwrite: bool = flag(False, "begin the folder anew")
     # No flags here: --variants and --seeds replace two, and unfinished runs are always resumed.
@@ -586,21 +586,22 @@ def measure(runs: dict, config: BenchConfig, device):
         shutil.rmtree(out_dir)
 
 
-def show(folder: Path, variants: tuple):
-    """Prints and draws the variants, against the first of them, from the folder alone."""
-    records = read_records(folder)
-    table = {}
-    for variant in variants:
-        seeds = {record["seed"]: record for record in records if record["variant"] == variant}
-        if seeds:
-            table[variant] = seeds
-        else:
-            print(f"no runs of {variant} in {folder}")
+def show(folder: Path, variants: tuple | None):
+    """Prints the variants (None: all) against the first of them, and draws all that the folder
+    holds. Needs no data and trains nothing. UserError if there is nothing to show."""
+    table = {}  # {variant: {seed: record}}
+    for record in read_records(folder):
+        table.setdefault(record["variant"], {})[record["seed"]] = record
+    shown = {variant: table[variant] for variant in variants or table if variant in table}
+    if not shown:
+        raise UserError(f"{folder}/results.jsonl has no runs to show")
+    missing = [variant for variant in variants or () if variant not in table]
+    if missing:
+        print(f"no runs of {', '.join(missing)} in {folder}")
     if len({record["code"] for runs in table.values() for record in runs.values()}) > 1:
         print("\nWARNING: these runs were made by different versions of the code or of Python")
-    if table:
-        print_results(table)
-        draw(table, folder)
+    print_results(shown)
+    draw(table, folder)
 
 
 def main():
@@ -608,11 +609,8 @@ def main():
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
     if config.show is not None:
-        folder = Path(config.show)
-        found = tuple(dict.fromkeys(record["variant"] for record in read_records(folder)))
-        if not found:
-            raise UserError(f"--show {folder}: there is no results.jsonl with runs")
-        return show(folder, config.variants if "variants" in given else found)
+        show(Path(config.show), config.variants if "variants" in given else None)
+        return
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     runs, device = list_runs(config), pick_device(config.device)

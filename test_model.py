@@ -1188,7 +1188,7 @@ bench.py --rounds 0 -> --rounds
 bench.py --variants vanilla 'resformer --seed 7' -> --seed is for all variants alike
 bench.py --n_layer 10 --variants vanilla 'svformer --residual_layers 9' -> residual_layers is for
 bench.py --seed 7 -> --seed
-bench.py --show nowhere -> --show nowhere
+bench.py --show nowhere -> nowhere/results.jsonl has no runs
 bench.py --show torn -> torn/results.jsonl, line 1 can't be read
 bench.py --overwrite --out_dir torn --dataset nothing -> --dataset nothing isn't there
 """.strip().splitlines()]
