@@ -980,6 +980,7 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     assert not any(Path("b/runs").iterdir())
     # 2 layers, 2 heads of 8 numbers; svformer+gqa: 2 + 1 tensors, one head.
     assert [r["cache_bytes"] for r in runs[:3]] == [4 * 4 * 16, 4 * 4 * 16, 4 * 3 * 8]
+    assert [r["value_width"] for r in runs[:3]] == [16, 16, 8]
     again = replace(SMALL, n_layer=2, max_steps=6, eval_every=2, eval_tokens=256, seed=3, lr=1e-2,
                     value_residual="learnable")
     history = run(again)
@@ -992,6 +993,7 @@ def test_bench_measures_once_and_shows_it_anywhere(small_bench, monkeypatch, cap
     weights = np.mean([r["value_lambdas"]["2"] for r in (runs[1], runs[4])], axis=0)
     assert "layer 2: {:.2f} {:.2f}".format(*weights) in printed and "| 38%" in printed
     assert "| step 2 " in printed and "Speed over vanilla's" in printed
+    assert "parameters on" not in printed  # what train.py says of a run
 
     monkeypatch.setattr(bench, "train", None)  # whoever calls it fails
     asked += ("--parts", "loss")
