@@ -81,7 +81,7 @@ def list_runs(config: BenchConfig) -> dict[str, TrainConfig]:
             if not given <= OWN_FLAGS:
                 raise UserError(f"--{min(given - OWN_FLAGS)} is for all variants alike: give it "
                                 "outside the quotes")
-            users = (None, *own.attention.split("+"))  # None: who uses a flag that all use
+            users = (None, *own.attention.split("+"))  # None: a flag that every variant uses
             shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
                       if f.name not in given and USED_BY.get(f.name) in users}
             runs[variant] = replace(own, **shared | dict(overwrite=False))

@@ -128,8 +128,11 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these bytes, of ASCII,
     and end-of-text; encoding drops all others. "gpt2": 50,257 ids, downloaded once."""
     if name != "gpt2":
-        alphabet = [int(byte) for byte in name.split()[1:]] or range(256)
-        character = "(?s:.)" if name == "byte" else f"[{re.escape(bytes(alphabet).decode())}]"
+        alphabet = range(256)
+        character = "(?s:.)"
+        if name != "byte":
+            alphabet = [int(byte) for byte in name.split()[1:]]
+            character = f"[{re.escape(bytes(alphabet).decode())}]"
         return tiktoken.Encoding(
             name, pat_str=character + "{1,512}",  # pieces, because a long one takes long to encode
             special_tokens={"<|endoftext|>": len(alphabet)},
@@ -260,7 +263,6 @@ def backcopy(source: np.ndarray, streams: int, length: int) -> tuple[np.ndarray,
 # -------------------------------------------------------------------------------------------------
 # Preparing and loading a data set
 
-
 NAMED = ("stdlib", "shakespeare", "fineweb", "backcopy")
 
 
@@ -302,7 +304,8 @@ def prepare(config: DataConfig) -> Path:
     elif dataset == "backcopy":
         [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
         text = re.sub("[^a-z]+", " ", text.lower())  # 27 characters
-        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *sorted(set(text.encode()))])))
+        alphabet = sorted(set(text.encode()))
+        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *alphabet])))
         ids, triggers = backcopy(tokenizer.encode_to_numpy(text), streams=1100, length=4095)
         ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)  # (1100, 4096)
         train, val = ids[:1000], ids[1000:]
@@ -356,4 +359,5 @@ def load(dataset: str):
 
 if __name__ == "__main__":
     with one_line_errors("interrupted; run it again, finished downloads are kept"):
-        prepare(parse_flags(DataConfig, __doc__)[0])
+        config, _ = parse_flags(DataConfig, __doc__)
+        prepare(config)

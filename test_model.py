@@ -1029,6 +1029,10 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
         context.setattr(train, "learning_rate",
                         lambda c, step: learning_rate(c, step) if step < 4 else cut_save(0, Mock()))
         small_bench(*asked, *other)
+    shutil.copytree("c", "f")
+    with patch.object(train, "learning_rate", wraps=learning_rate) as steps:
+        small_bench(*asked, *other, "--out_dir", "f")
+    assert steps.call_count == 2  # of six: it goes on
     small_bench(*asked, *other, "--max_steps", "5")  # starts anew: it is another run
     straight = small_bench(*asked, *other, "--max_steps", "5", "--out_dir", "d")
     assert small_bench("--show", "c").replace("c/", "d/") in straight
@@ -1155,6 +1159,13 @@ def test_what_a_terminal_cannot_show_is_replaced(folder, script):
     sys.stdout.reconfigure(encoding="ascii", errors="strict")
     status, out, _ = script("prepare_data.py", "漢字.txt")
     assert status == 0 and "?" in out
+
+
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(small_run, script, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", Mock(side_effect=KeyboardInterrupt))
+    status, _, error = script("train.py", *as_flags(small_run))
+    assert (status, error) == (130, "train.py: stopped; add --resume to go on from the last "
+                                    "evaluation\n")
 
 
 # Lines of a shell, and words that must be in the one line that comes; the folder is broken_things.
