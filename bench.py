@@ -447,9 +447,12 @@ def draw(table: dict, folder: Path):
     except ImportError:
         print("\nno figures: pip install matplotlib, then start this again")
         return
-    # A system has its own colour and marker in every figure.
-    style = {variant: dict(color=f"C{i}", marker=MARKERS[i % len(MARKERS)], markersize=5)
-             for i, variant in enumerate(dict.fromkeys([*SYSTEMS, *table]))}
+    # In every figure a system has its own colour, whatever its flags, and a variant its own marker.
+    style = {}
+    for i, variant in enumerate(dict.fromkeys([*SYSTEMS, *table])):
+        system = variant.split()[0]
+        color = SYSTEMS.index(system) if system in SYSTEMS else i
+        style[variant] = dict(color=f"C{color}", marker=MARKERS[i % len(MARKERS)], markersize=5)
     loss = Figure(figsize=(12, 6), layout="constrained")
     draw_loss(*loss.subplots(1, 2), table, style)
     loss.savefig(folder / "loss.png")

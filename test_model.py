@@ -1049,9 +1049,10 @@ def test_the_figures(small_bench, monkeypatch):
     assert "weights of V_1" not in printed  # they are fixed
     for name in ("loss", "attention"):
         assert Path(f"b/{name}.png").read_bytes()[1:4] == b"PNG"
-    small_bench("--variants", "gqa", "--parts", "loss", "--seeds", "3")
+    other = "resformer --lr 1e-2"
+    small_bench("--variants", other, "--parts", "loss", "--seeds", "3")
     with patch.object(figures.Figure, "savefig", autospec=True) as saved:
-        assert "no seed in common with vanilla: gqa" in small_bench("--show", "b")
+        assert f"no seed in common with vanilla: {other}" in small_bench("--show", "b")
     loss, attention = (call.args[0] for call in saved.call_args_list)
 
     runs = {(r["variant"], r["seed"]): r for r in bench.read_records(Path("b"))}
@@ -1078,7 +1079,10 @@ def test_the_figures(small_bench, monkeypatch):
     np.testing.assert_allclose(drawn.get_ydata(), layers.mean(axis=0))
     assert attention.axes[1].get_title() == bench.MEASURES["first"][0]
     words = [text.get_text() for text in attention.legends[0].texts]
-    assert words == [*names, "gqa", "even, random"]
+    assert words == [*names, other, "even, random"]
+    lines = {line.get_label(): line for line in attention.axes[1].lines}
+    assert lines[other].get_color() == lines["resformer"].get_color()  # one system
+    assert lines[other].get_marker() != lines["resformer"].get_marker()
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "no figures: pip install matplotlib" in small_bench("--show", "b")
