@@ -438,6 +438,8 @@ def print_caches(runs: dict, contexts: tuple):
 # Figures
 
 MARKERS = "osD^vP*XhpdH<>8"
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "gold", "navy", "lime", "tan",
+          "teal")
 
 
 def draw(table: dict, folder: Path):
@@ -448,11 +450,11 @@ def draw(table: dict, folder: Path):
         print("\nno figures: pip install matplotlib, then start this again")
         return
     # In every figure a system has its own colour, whatever its flags, and a variant its own marker.
+    systems = list(dict.fromkeys([*SYSTEMS, *(variant.split()[0] for variant in table)]))
     style = {}
     for i, variant in enumerate(dict.fromkeys([*SYSTEMS, *table])):
-        system = variant.split()[0]
-        color = SYSTEMS.index(system) if system in SYSTEMS else i
-        style[variant] = dict(color=f"C{color}", marker=MARKERS[i % len(MARKERS)], markersize=5)
+        color = COLORS[systems.index(variant.split()[0]) % len(COLORS)]
+        style[variant] = dict(color=color, marker=MARKERS[i % len(MARKERS)], markersize=5)
     loss = Figure(figsize=(12, 6), layout="constrained")
     draw_loss(*loss.subplots(1, 2), table, style)
     loss.savefig(folder / "loss.png")

@@ -1050,7 +1050,8 @@ def test_the_figures(small_bench, monkeypatch):
     for name in ("loss", "attention"):
         assert Path(f"b/{name}.png").read_bytes()[1:4] == b"PNG"
     other = "resformer --lr 1e-2"
-    small_bench("--variants", other, "--parts", "loss", "--seeds", "3")
+    both = "resformer+neutreno"  # of which SYSTEMS knows nothing
+    small_bench("--variants", other, both, "--parts", "loss", "--seeds", "3")
     with patch.object(figures.Figure, "savefig", autospec=True) as saved:
         assert f"no seed in common with vanilla: {other}" in small_bench("--show", "b")
     loss, attention = (call.args[0] for call in saved.call_args_list)
@@ -1079,10 +1080,12 @@ def test_the_figures(small_bench, monkeypatch):
     np.testing.assert_allclose(drawn.get_ydata(), layers.mean(axis=0))
     assert attention.axes[1].get_title() == bench.MEASURES["first"][0]
     words = [text.get_text() for text in attention.legends[0].texts]
-    assert words == [*names, other, "even, random"]
+    assert words == [*names, other, both, "even, random"]
     lines = {line.get_label(): line for line in attention.axes[1].lines}
     assert lines[other].get_color() == lines["resformer"].get_color()  # one system
     assert lines[other].get_marker() != lines["resformer"].get_marker()
+    to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+    assert len({to_rgb(lines[name].get_color()) for name in (*names, both)}) == 4
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "no figures: pip install matplotlib" in small_bench("--show", "b")
