@@ -22,7 +22,8 @@ import math
 import platform
 import shutil
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +33,17 @@ from torch.nn.attention import sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from model import DECODING, USED_BY, GPT, GPTConfig, KVCache
+from model import DECODING, USED_BY, VARIANTS, GPT, GPTConfig, KVCache
 from prepare_data import UserError, flag, one_line_errors, parse_flags
 from train import (PLACE, WORLD, TrainConfig, check, compile_model, load_data, make_optimizers,
                    model_config, pick_device, pick_dtype, train, windows)
 
-SYSTEMS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
-           "cla", "svformer+gqa", "cla+gqa")
+SYSTEMS = (*VARIANTS, "svformer+gqa", "cla+gqa")
 PARTS = ("loss", "cache", "speed")
 QUICK = dict(out_dir="out/quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20,
              eval_tokens=16384, questions=400, rounds=3)
 
-# What a variant may set for itself: its model and its optimizer. Everything else is shared, so that
-# a pair of runs differs in nothing but the variant.
+# What a variant may set for itself: its model and its optimizer. All else is shared.
 OWN_FLAGS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "block_size"}
 OWN_FLAGS |= {"size", "optimizer", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
 
@@ -67,7 +66,7 @@ class BenchConfig(TrainConfig):
     out_dir: str = flag("out/bench", "the folder of the experiment")
     overwrite: bool = flag(False, "begin the folder anew")
     # No flags here: --variants and --seeds replace two, and unfinished runs are always resumed.
-    attention: str = "vanilla"
+    attention: str = field(default="vanilla", metadata=dict(group="model"))
     seed: int = 1
     resume: bool = True
 
@@ -514,16 +513,21 @@ def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
 
 
 def label_points(ax, points: dict, style: dict):
-    """Writes each variant to the right of its point, moved up where labels would overlap."""
-    near, gap = 0.18 * np.ptp(ax.get_xlim()), 0.045 * np.ptp(ax.get_ylim())
-    placed = []
-    for variant, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):  # by height
-        for other_x, other_y in placed:
-            if abs(x - other_x) < near:
-                y = max(y, other_y + gap)
-        placed.append((x, y))
-        ax.annotate(variant, (x, y), (8, -3), textcoords="offset points", fontsize=8,
-                    color=style[variant]["color"])
+    """Writes each variant to the right of its point and joins the two with a line; labels that
+    would overlap are pushed apart."""
+    width, gap = np.ptp(ax.get_xlim()), 0.04 * np.ptp(ax.get_ylim())
+    labels = sorted(([x + 0.05 * width, y, name] for name, (x, y) in points.items()),
+                    key=lambda label: label[1])
+    for _ in range(100):
+        for low, high in combinations(labels, 2):
+            overlap = gap - (high[1] - low[1])
+            if abs(high[0] - low[0]) < 0.2 * width and overlap > 0:
+                low[1] -= overlap / 2
+                high[1] += overlap / 2
+    for x, y, name in labels:
+        color = style[name]["color"]
+        ax.annotate(name, points[name], (x, y), va="center", fontsize=8, color=color,
+                    arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, relpos=(0, 0.5)))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -89,8 +89,6 @@ class GPTConfig:
                     f"residual_layers: there is no layer {n} that has values of its own to mix "
                     "with layer 1's")
 
-    # What follows from the fields is computed when it is needed.
-
     @property
     def variants(self) -> list[str]:
         return self.attention.split("+")
@@ -404,8 +402,8 @@ class GPT(nn.Module):
         cross-entropy in nats per token), where targets of -100 do not count; NaN if none counts.
 
         A cache is for use under torch.no_grad. The loss reads lm_head.weight and calls no hooks of
-        lm_head. ValueError if the tokens exceed block_size or, with a cache, its max_len; if
-        targets have another shape than idx; for a loss if lm_head is no plain Linear without bias.
+        lm_head. ValueError if there are too many tokens, if targets have another shape than idx,
+        or for a loss if lm_head is no plain Linear without bias.
         """
         x = self.hidden_states(idx, cache)
         if targets is None:

@@ -76,9 +76,11 @@ def parse_flags(cls, description: str, argv=None):
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser
-    for f in [f for f in fields(cls) if f.metadata]:  # the others are no flags
+    for f in fields(cls):
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
+        if "help" not in f.metadata:  # it is no flag
+            continue
         options = {k: v for k, v in f.metadata.items() if k not in ("group", "at_least")}
         positional = options.get("nargs") == "?"
         group.add_argument(f.name if positional else f"--{f.name}", **options)
@@ -269,8 +271,8 @@ NAMED = ("stdlib", "shakespeare", "fineweb", "backcopy")
 @dataclass
 class DataConfig:
     dataset: str = flag("stdlib", f"{', '.join(NAMED)} or a path", nargs="?")
-    tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); the "
-                                 "other one writes data/<name>-gpt2", choices=("byte", "gpt2"))
+    tokenizer: str | None = flag(None, "byte or gpt2 (default: gpt2 for fineweb, else byte); a "
+                                 "text in gpt2 is data/<name>-gpt2", choices=("byte", "gpt2"))
     shards: int = flag(1, "fineweb: training shards, 100M tokens each", at_least=1)
 
 

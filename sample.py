@@ -45,6 +45,7 @@ def main():
     if prompt.startswith("FILE:"):
         prompt = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8", errors="replace")
     ids = tokenizer.encode(prompt, disallowed_special=())
+    prompt = tokenizer.decode(ids)  # what the model reads: backcopy's tokenizer drops the rest
     if ckpt["config"].get("start_token"):  # as in training
         ids = [tokenizer.eot_token, *ids]
     if not ids:

@@ -5,7 +5,7 @@
     python train.py --attention svformer --seed 2 --resume      the same, from where it stopped
     torchrun --standalone --nproc_per_node=2 train.py   one run on several processes or GPUs
 
-A run lives in a folder named after its flags: ckpt.pt, and log.jsonl, a line a step for people.
+A run lives in a folder named after its flags: ckpt.pt, and log.jsonl, one readable line a step.
 A stopped run goes on from its last evaluation; with the same flags, on a CPU, to the same bits.
 """
 
@@ -91,7 +91,8 @@ class TrainConfig:
     eval_tokens: int = flag(131072, "validation tokens in an evaluation", at_least=1)
     out_dir: str | None = flag(None, "the run's folder (out/, named after the flags)", type=str)
     resume: bool = flag(False, "go on from the checkpoint in the run's folder, if there is one")
-    overwrite: bool = flag(False, "start anew in a folder that holds a run")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run, which stays "
+                                  "until the new one's first evaluation")
 
 
 # Flags of the machine and the folder; these and FREE may differ when a run is resumed. Another
@@ -108,7 +109,7 @@ def check(config: TrainConfig):
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9, this is {torch.__version__}")
     if config.resume and config.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite deletes it: choose one")
+        raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
     model_config(config, vocab_size=257)
 
 
