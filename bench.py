@@ -444,16 +444,20 @@ COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "gold", "n
 def draw(table: dict, folder: Path):
     """loss.png and attention.png in folder."""
     try:
+        from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
     except ImportError:
         print("\nno figures: pip install matplotlib, then start this again")
         return
-    # In every figure a system has its own colour, whatever its flags, and a variant its own marker.
-    systems = list(dict.fromkeys([*SYSTEMS, *(variant.split()[0] for variant in table)]))
+    # In every figure a system has its own colour and marker. Where it comes with several sets of
+    # flags, those after the first have darker shades and other markers.
     style = {}
-    for i, variant in enumerate(dict.fromkeys([*SYSTEMS, *table])):
-        color = COLORS[systems.index(variant.split()[0]) % len(COLORS)]
-        style[variant] = dict(color=color, marker=MARKERS[i % len(MARKERS)], markersize=5)
+    for i, system in enumerate(dict.fromkeys([*SYSTEMS, *(name.split()[0] for name in table)])):
+        color = np.array(to_rgb(COLORS[i % len(COLORS)]))
+        variants = [variant for variant in table if variant.split()[0] == system]
+        for k, variant in enumerate(variants):
+            style[variant] = dict(color=color * (1 - 0.8 * k / len(variants)), markersize=5,
+                                  marker=MARKERS[(i + k) % len(MARKERS)])
     loss = Figure(figsize=(12, 6), layout="constrained")
     draw_loss(*loss.subplots(1, 2), table, style)
     loss.savefig(folder / "loss.png")
@@ -486,7 +490,6 @@ def draw_loss(left, right, table: dict, style: dict):
              ylabel=f"validation loss minus {name}'s, nats per token (lower is better)")
     right.set(xlabel="steps (thin: each seed, thick: their mean)")
     for ax, labelled in ((left, points), (right, ends)):
-        ax.set_xlim(0, 1.45 * max(x for x, _ in labelled.values()))
         label_points(ax, labelled, style)
 
 
@@ -503,7 +506,8 @@ def draw_attention(figure, table: dict, style: dict):
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    ncols = max(1, 120 // (8 + max(map(len, table))))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
 
 
 def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
@@ -515,13 +519,16 @@ def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
 def label_points(ax, points: dict, style: dict):
     """Writes each variant to the right of its point and joins the two with a line; labels that
     would overlap are pushed apart."""
-    width, gap = np.ptp(ax.get_xlim()), 0.04 * np.ptp(ax.get_ylim())
+    share = min(0.7, 0.013 * max(map(len, points)))  # of the axis, for the longest label
+    width = max(x for x, _ in points.values()) / (0.94 - share)
+    ax.set_xlim(0, width)
+    gap = 0.04 * np.ptp(ax.get_ylim())
     labels = sorted(([x + 0.05 * width, y, name] for name, (x, y) in points.items()),
                     key=lambda label: label[1])
     for _ in range(100):
         for low, high in combinations(labels, 2):
             overlap = gap - (high[1] - low[1])
-            if abs(high[0] - low[0]) < 0.2 * width and overlap > 0:
+            if abs(high[0] - low[0]) < (share + 0.05) * width and overlap > 0:
                 low[1] -= overlap / 2
                 high[1] += overlap / 2
     for x, y, name in labels:

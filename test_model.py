@@ -1085,10 +1085,9 @@ def test_the_figures(small_bench, monkeypatch):
     words = [text.get_text() for text in attention.legends[0].texts]
     assert words == [*names, other, both, "even, random"]
     lines = {line.get_label(): line for line in attention.axes[1].lines}
-    assert lines[other].get_color() == lines["resformer"].get_color()  # one system
+    np.testing.assert_allclose(lines[other].get_color(), 0.6 * lines["resformer"].get_color())
     assert lines[other].get_marker() != lines["resformer"].get_marker()
-    to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
-    assert len({to_rgb(lines[name].get_color()) for name in (*names, both)}) == 4
+    assert len({tuple(lines[name].get_color()) for name in (*names, both)}) == 4
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "no figures: pip install matplotlib" in small_bench("--show", "b")
