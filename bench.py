@@ -506,7 +506,7 @@ def draw_attention(figure, table: dict, style: dict):
         ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    ncols = max(1, 120 // (8 + max(map(len, table))))
+    ncols = max(1, 120 // (8 + max(map(len, table))))  # 120 letters fit side by side
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
 
 
