@@ -1045,6 +1045,26 @@ def test_results_of_other_code_are_said_and_overwrite_begins_anew(small_bench, m
     assert [r["variant"] for r in bench.read_records(Path("e"))] == ["vanilla", "gqa"]
 
 
+def test_speed_is_timed_in_turns_with_the_first(small_bench, monkeypatch):
+    # Seconds of vanilla and of the variant in turns: a warm-up, then 2, 4 and half as fast.
+    clock = iter([99, 1, 2, 1, 2, 0.5, 2, 4] * 4)
+
+    def timed(function, device):
+        function()
+        return next(clock)
+
+    monkeypatch.setattr(bench, "timed", timed)
+    with patch.object(GPT, "forward", autospec=True, side_effect=GPT.forward) as forward:
+        printed = small_bench("--parts", "speed", "--rounds", "3", "--variants", "vanilla", "gqa")
+    for name in ("vanilla", "gqa    "):  # in one second 6 x 32 tokens; 2 sequences x 16 tokens
+        assert f"| {name} | 2.00 (192) | 2.00 (32)     |" in printed
+    shapes = [(call.args[0].config.attention, *call.args[1].shape)
+              for call in forward.call_args_list]
+    assert shapes == [shape for name in ("vanilla", "gqa") for shape in
+                      4 * [("vanilla", 6, 32), (name, 6, 32)]
+                      + 4 * (16 * [("vanilla", 2, 1)] + 16 * [(name, 2, 1)])]
+
+
 def test_the_figures(small_bench, monkeypatch):
     figures = pytest.importorskip("matplotlib.figure", reason="figures need matplotlib")
     names = ["vanilla", "resformer", "svformer"]
