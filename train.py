@@ -433,7 +433,7 @@ def report(config: TrainConfig, model: GPT, history: list[dict]):
     print(f"{c.attention}: validation loss {last['val_loss']:.4f} nats per token, "
           f"{last['bits_per_byte']:.4f} bits per byte\n"
           f"KV cache: {cache:,} bytes per token in float32, {cache / vanilla:.0%} of vanilla's\n"
-          f"Its text: python sample.py --out_dir {run_folder(config)}")
+          f'Its text: python sample.py --out_dir "{run_folder(config)}"')
 
 
 if __name__ == "__main__":
