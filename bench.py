@@ -1,11 +1,12 @@
 """The comparison: every system trained on the same tokens in the same order; then its loss, KV
-cache, attention, a task and its speed side by side.
+cache, attention and a task side by side. And a look into the attention of any trained model.
 
     python bench.py                      ten systems x three seeds, one to two hours on two cores
     python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
     python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --out_dir out/lambda
-    python bench.py --size 82M --parts cache --contexts 2048 65536
-    python bench.py --show out/bench     what was measured before
+    python bench.py --parts cache --contexts 2048 65536
+    python bench.py --show out/bench     what was measured before; several folders: one table
+    python bench.py --look out/resformer HuggingFaceTB/SmolLM2-135M    attention, layer by layer
 
 One folder is one experiment: results.jsonl, a line a run, and the figures. Its runs share every
 flag but the variant's own and the seed. The same command again measures only what is missing.
@@ -14,38 +15,39 @@ the same order, and the same initial weights where both have them. A difference 
 95% interval.
 """
 
-import ast
+import argparse
 import hashlib
-import inspect
 import json
 import math
 import platform
+import re
 import shutil
 import time
 from dataclasses import dataclass, field, fields, replace
-from itertools import combinations
+from itertools import cycle
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
-from model import DECODING, USED_BY, VARIANTS, GPT, GPTConfig, KVCache
-from prepare_data import UserError, flag, one_line_errors, parse_flags
-from train import (PLACE, WORLD, TrainConfig, check, compile_model, load_data, make_optimizers,
-                   model_config, pick_device, pick_dtype, train, windows)
+from model import GPT, USED_BY, VARIANTS, GPTConfig, KVCache, pretrained_source
+from prepare_data import UserError, flag, one_line_errors, parse_flags, replace_file
+from train import (PLACE, WORLD, TrainConfig, check, compiles, load_checkpoint, load_data,
+                   load_run, model_config, pick_device, pick_dtype, train, windows)
 
 SYSTEMS = (*VARIANTS, "svformer+gqa", "cla+gqa")
-PARTS = ("loss", "cache", "speed")
+PARTS = ("loss", "cache")
 QUICK = dict(out_dir="out/quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20,
-             eval_tokens=16384, questions=400, rounds=3)
+             eval_tokens=16384, questions=400)
 
 # What a variant may set for itself: its model and its optimizer. All else is shared.
 OWN_FLAGS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "block_size"}
-OWN_FLAGS |= {"size", "optimizer", "lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
+OWN_FLAGS |= {"lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"}
+
+# What --show and --look read; any other flag beside them would be ignored, and is refused.
+BESIDE = {"show": {"variants"}, "look": {"text", "block_size", "device", "out_dir"}}
 
 
 @dataclass
@@ -57,13 +59,15 @@ class BenchConfig(TrainConfig):
     parts: tuple = flag(PARTS, "what to measure; loss includes attention and the task", nargs="+",
                         choices=PARTS)
     questions: int = flag(4000, "questions of the task", at_least=1)
-    contexts: tuple = flag((128, 4096), "tokens in the cache; decoding is timed at the largest",
-                           nargs="+", at_least=1)
-    decode_batch: int = flag(8, "speed: sequences that are decoded at once", at_least=1)
-    rounds: int = flag(9, "speed: timings of each variant, in turns with the first", at_least=1)
+    contexts: tuple = flag((128, 4096), "tokens in the cache", nargs="+", at_least=1)
     quick: bool = flag(False, "one seed, 80 steps, in out/quick: minutes, and noise")
-    show: str | None = flag(None, "print and draw what this folder holds, measure nothing")
-    out_dir: str = flag("out/bench", "the folder of the experiment")
+    show: tuple | None = flag(None, "measure nothing, print and draw what these folders hold",
+                              nargs="+")
+    look: tuple | None = flag(None, "train nothing, look into these models: folders of runs, names "
+                              "on Hugging Face, .gguf files", nargs="+")
+    text: tuple | None = flag(None, "look: files that the models read (this Python's argparse.py), "
+                              "in windows of --block_size tokens (256)", nargs="+")
+    out_dir: str = flag("out/bench", "the folder of the experiment; for --look out/look")
     overwrite: bool = flag(False, "begin the folder anew")
     # No flags here: --variants and --seeds replace two, and unfinished runs are always resumed.
     attention: str = field(default="vanilla", metadata=dict(group="model"))
@@ -106,62 +110,53 @@ MEASURES = {
 }
 
 
-class Watch(TorchFunctionMode):
-    """While it is active, keeps what each call of scaled_dot_product_attention is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            self.calls.append(args)  # q, keys, values
-        return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
-def look_at_attention(model: GPT, idx: torch.Tensor, triggers: list) -> dict[str, torch.Tensor]:
-    """MEASURES of each layer (L,), means over the sequences idx (B, T). Attention to the first
-    token is that of all queries but itself and backcopy's triggers."""
+def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
+    """MEASURES of each layer, to five digits: means over the sequences idx (B, T)."""
     c, T = model.config, idx.size(1)
     future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
     seen = []  # what describe says, sequence by sequence and layer by layer
     hidden = []
     hooks = [block.register_forward_hook(lambda block, inputs, outputs: hidden.append(outputs[0]))
              for block in model.layers]
-    for sequence in idx.split(1):  # one at a time: attention is nh x T x T numbers
+    for sequence in idx.split(1):
         hidden.clear()
-        queries = [t > 0 and token not in triggers for t, token in enumerate(sequence[0].tolist())]
-        with Watch() as watch:
+        with patch.object(F, "scaled_dot_product_attention",
+                          wraps=F.scaled_dot_product_attention) as attention:
             model.hidden_states(sequence)
-        for (q, keys, values), x in zip(watch.calls, hidden):
-            scores = q @ keys.transpose(2, 3) / math.sqrt(c.head_dim)  # (1, nh, T, T or 2 T)
-            both = scores.unflatten(3, (-1, T))  # crosslayer's keys are those of two layers
-            A = both.masked_fill(future[:, None], -math.inf).flatten(3).softmax(dim=3)
-            A = A.unflatten(3, (-1, T)).sum(dim=3)[0]  # (nh, T, T)
-            own = values[0, ::c.n_head // c.kv_heads, -T:]  # (nkv, T, hs), each once
-            # On the CPU, because MPS has no eigenvalues.
+        for call, x in zip(attention.call_args_list, hidden):
+            q, keys, values = (tensor[0] for tensor in call.args)  # (nh, T or 2 T, hs) each
+            importance, first = torch.zeros_like(q[0, :, 0]), []
+            for h in range(c.n_head):  # one at a time: all would be nh x T x T numbers
+                scores = q[h] @ keys[h].T / math.sqrt(c.head_dim)
+                both = scores.unflatten(1, (-1, T))  # crosslayer's keys are those of two layers
+                A = both.masked_fill(future[:, None], -math.inf).flatten(1).softmax(dim=1)
+                A = A.unflatten(1, (-1, T)).sum(dim=1)  # (T queries, T keys)
+                importance += A.mean(dim=0) / c.n_head
+                first.append(A[1:, 0].mean())
+            own = values[::c.n_head // c.kv_heads, -T:]  # (nkv, T, hs), each once
             values = own.transpose(0, 1).flatten(1)  # (T, nkv * hs)
-            seen.append(describe(A.cpu(), values.cpu(), x[0].cpu(), queries))
+            # On the CPU, because MPS has no eigenvalues.
+            seen.append(describe(importance.cpu(), torch.stack(first).cpu(), values.cpu(),
+                                 x[0].cpu()))
     for hook in hooks:
         hook.remove()
     means = {}
     for name in MEASURES:
-        layers = torch.stack([layer[name] for layer in seen])  # (B L,)
-        means[name] = layers.unflatten(0, (len(idx), -1)).mean(dim=0)
+        layers = torch.stack([layer[name] for layer in seen]).unflatten(0, (len(idx), -1))  # (B, L)
+        means[name] = [float(f"{x:.5g}") for x in layers.mean(dim=0)]
     return means
 
 
-def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor, queries: list) -> dict:
-    """MEASURES of a layer: A (nh, T queries, T keys); values (T, nkv * hs), those that attention
-    uses, V_n mixed with V_1 where it is; hidden (T, C), what the block gives; queries: T booleans,
-    whether a query's attention to the first token counts.
+def describe(importance: torch.Tensor, first: torch.Tensor, values: torch.Tensor,
+             hidden: torch.Tensor) -> dict:
+    """MEASURES of a layer. importance (T,): the attention that each token gets, averaged over heads
+    and queries (arXiv 2410.17897, eq. 11). first (nh,): what the queries but the first's own pay
+    the first token. values (T, nkv * hs): those that attention uses, V_n mixed with V_1 where it
+    is. hidden (T, C): what the block gives.
 
-    The attention that a token gets, averaged over heads and queries, is its importance (arXiv
-    2410.17897, eq. 11). "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which grows with
-    the values' norm. "rank" does not: exp of the entropy of the spectrum's shares."""
-    importance = A.mean(dim=(0, 1))  # (T,), sums to 1
-    first = A[:, queries, 0].mean(dim=1)  # (nh,)
+    "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which grows with the values' norm.
+    "rank" does not: exp of the entropy of the spectrum's shares."""
     value_norms, hidden_norms = values.norm(dim=1), hidden.norm(dim=1)  # (T,)
     spectrum = torch.linalg.eigvalsh(values.T @ values / len(values)).clamp(min=0)  # (nkv * hs,)
     share = spectrum / spectrum.sum()
@@ -175,13 +170,12 @@ def describe(A: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor, querie
                 rank=torch.special.entr(share).sum().exp())
 
 
-def even(T: int, width: int) -> dict:
-    """MEASURES of a layer whose queries attend evenly to all tokens up to their own, with values
-    and hidden states of random directions and equal norms."""
-    A = torch.ones(1, T, T, dtype=torch.float64).tril() / torch.arange(1, T + 1)[:, None]
-    values = torch.from_numpy(np.random.default_rng(0).standard_normal((T, width)))
-    values = F.normalize(values, dim=1)
-    return describe(A, values, values, [False] + [True] * (T - 1))
+def even(T: int) -> dict:
+    """What is drawn of MEASURES if each query attends evenly to all tokens up to its own, and the
+    first token's norms are like the others'."""
+    A = torch.ones(T, T, dtype=torch.float64).tril() / torch.arange(1, T + 1)[:, None]
+    return dict(entropy=torch.special.entr(A.mean(dim=0)).sum().item(),
+                first=A[1:, 0].mean().item(), value_norm=1.0, hidden_norm=1.0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -189,7 +183,7 @@ def even(T: int, width: int) -> dict:
 
 
 @torch.no_grad()
-def task_accuracy(model: GPT, data: np.ndarray, questions: int, device, start_id) -> float:
+def task_accuracy(model: GPT, data: np.ndarray, questions: int, device) -> float:
     """A stand-in for downstream tasks: of a context's real continuation and three from elsewhere in
     the text, is the real one the likeliest? Chance is 1/4; where one of the three is the same text,
     the answer counts as right. The questions are the same for all."""
@@ -201,10 +195,7 @@ def task_accuracy(model: GPT, data: np.ndarray, questions: int, device, start_id
         where = batch[:, :, None] + np.arange(context + n)  # (B, 4, context + n)
         where[:, :, :context] = where[:, :1, :context]  # the first is real, all have its context
         ids = torch.from_numpy(data[where].astype(np.int64)).to(device).flatten(0, 1)
-        inputs = ids[:, :-1]  # (4 B, context + n - 1)
-        if start_id is not None:
-            inputs = F.pad(inputs, (1, 0), value=start_id)
-        x = model.hidden_states(inputs)[:, -n:]  # (4 B, n, C)
+        x = model.hidden_states(ids[:, :-1])[:, -n:]  # (4 B, n, C)
         logits = model.lm_head(x).float().flatten(0, 1)  # (4 B n, V)
         losses = F.cross_entropy(logits, ids[:, context:].flatten(), reduction="none")
         likeliest = losses.view(-1, 4, n).sum(dim=2).argmin(dim=1)  # (B,)
@@ -219,123 +210,50 @@ def measure_run(run: TrainConfig, questions: int) -> dict:
     c, device = model.config, model.lm_head.weight.device
     _, data, meta = load_data(run)
     starts = np.linspace(0, len(data) - c.block_size - 1, 64).astype(np.int64)
-    start_id = meta["vocab_size"] - 1 if run.start_token else None
-    texts, _ = windows(data, starts, c.block_size, device, start_id)  # (64, T)
+    texts, _ = windows(data, starts, c.block_size, device)  # (64, T)
     last = history[-max(1, len(history) // 20):]  # a twentieth of the steps
     return dict(
         params=model.num_params(),
         cache_bytes=model.kv_bytes_per_token(),  # per token, in float32
-        value_width=c.kv_heads * c.head_dim,
         seconds=round(sum(r["seconds"] for r in history), 1),  # of the steps alone
         val_curve=[(r["step"], r["val_loss"]) for r in history if "val_loss" in r],
         train_loss=float(np.mean([r["loss"] for r in last])),
         bits_per_byte=history[-1]["bits_per_byte"],
-        task=task_accuracy(model, data, questions, device, start_id),
-        attention={name: [float(f"{x:.5g}") for x in layers] for name, layers in
-                   look_at_attention(model, texts, meta.get("triggers", [])).items()},
+        task=task_accuracy(model, data, questions, device),
+        attention=look_at_attention(model, texts),
         value_lambdas={n: [float(l1), float(l2)] for n, (l1, l2) in model.value_lambdas().items()},
         data_sha256=meta["sha256"])
 
 
-def fingerprint() -> str:
-    """Of the code that makes the numbers: model.py, train.py and this file's measures, whatever
-    their comments, docstrings and messages say."""
-    here, digest = Path(__file__), hashlib.sha256()
-    texts = [here.with_name(name).read_text(encoding="utf-8") for name in ("model.py", "train.py")]
-    texts += map(inspect.getsource, (look_at_attention, describe, task_accuracy, measure_run))
-    for tree in map(ast.parse, texts):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value = ast.Constant("")  # a docstring
-            elif isinstance(node, ast.JoinedStr):
-                node.values = []  # a message
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("UserError", "flag"):
-                node.args = node.args[:1] if ast.unparse(node.func) == "flag" else []
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:12]
+def about(device: torch.device) -> dict:
+    """What a record says of its making. code: the SHA-256 of the scripts that make the numbers."""
+    scripts = [Path(__file__).with_name(name) for name in ("model.py", "train.py", "bench.py")]
+    code = "".join(script.read_text(encoding="utf-8") for script in scripts)
+    return dict(code=hashlib.sha256(code.encode()).hexdigest()[:12], machine=machine_name(device),
+                torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
 
 
-# -------------------------------------------------------------------------------------------------
-# Speed
-
-
-def speed_tasks(run: TrainConfig, config: BenchConfig, vocab_size: int, device) -> dict:
-    """{what is timed: (a function that does it, its tokens)}"""
-    model, dtype = GPT(model_config(run, vocab_size)).to(device), pick_dtype(run, device)
-    optimizers = make_optimizers(model, run)
-    compile_model(model, run, device)
-    batch = torch.randint(vocab_size, (2, run.batch_size, run.block_size), device=device)
-
-    def train_step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss = model(*batch)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    context, n = max(config.contexts), config.decode_batch
-    decoder = GPT(model.config).to(device, dtype)
-    token = torch.zeros(n, 1, dtype=torch.long, device=device)
-    cache = KVCache(model.config, n, context + 16, device, dtype)
-    for store in (*cache.k.values(), *cache.v.values()):
-        store.normal_()  # memory that was never written may read faster, or hold NaN
-
-    @torch.no_grad()
-    def decode_16():
-        cache.length = context
-        with sdpa_kernel(DECODING):
-            for _ in range(16):
-                decoder(token, cache=cache)
-
-    return {"training": (train_step, batch[0].numel()),
-            f"decoding at {context:,}": (decode_16, 16 * n)}
-
-
-def print_speed(runs: dict, config: BenchConfig, device):
-    """Times each variant in turns with the first, and prints the ratio and tokens per second."""
-    _, _, meta = load_data(config)
-    name, run = next(iter(runs.items()))
-    first = speed_tasks(run, config, meta["vocab_size"], device)
-    rows = {}
-    for variant, run in tqdm(runs.items(), desc="speed"):
-        tasks = speed_tasks(run, config, meta["vocab_size"], device)
-        rows[variant] = {}
-        for task, (function, tokens) in tasks.items():
-            rounds = [(timed(first[task][0], device), timed(function, device))
-                      for _ in range(config.rounds + 1)]
-            firsts, own = np.transpose(rounds[1:])  # seconds; the first round warms up
-            rate, ratio = tokens / np.median(own), np.median(firsts / own)
-            rows[variant][task] = f"{ratio:.2f} ({rate:,.0f})"
-        del tasks, function  # a cache may be most of the memory
-    print_table(f"Speed over {name}'s (tokens per second) on {machine_name(device)}", rows)
-
-
-def machine_name(device) -> str:
+def machine_name(device: torch.device) -> str:
+    """The GPU's name; or the CPU's, its vector instructions and the number of threads: other CPUs
+    give other last digits, and in the end other losses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def timed(function, device) -> float:
-    """The seconds that function() takes, the device's work included."""
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+    cpu, linux = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else []
+    threads = torch.get_num_threads()
+    return f"{(names or [cpu])[0]}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 # -------------------------------------------------------------------------------------------------
 # Tables of runs: {variant: {seed: record}}, the first variant first.
 
-# Student's t, two-sided 95%, by the number of seeds: few seeds make a wide interval.
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23}
+# Student's t, two-sided 95%, for 2, 3, ... seeds: few seeds make a wide interval.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
 def interval(values: list[float]) -> float:
-    """Half the 95% interval of the mean of at least two values."""
-    t = T95.get(len(values), 2.20)  # a little too wide for more than 12
+    """Half the 95% interval of the mean of at least two values; a little too wide for over 16."""
+    t = T95[min(len(values), len(T95) + 1) - 2]
     return t * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
@@ -344,15 +262,24 @@ def differences(runs: dict, first: dict, number) -> list:
     return [number(runs[seed]) - number(first[seed]) for seed in runs if seed in first]
 
 
+def with_interval(gaps: list[float], digits: int) -> str:
+    """The mean of differences, and if there are several its 95% interval."""
+    text = f"{np.mean(gaps):+.{digits}f}"
+    return text if len(gaps) == 1 else f"{text} ±{interval(gaps):.{digits}f}"
+
+
 def cell(runs: dict, first: dict, number, digits: int) -> str:
     """The mean over seeds; then the mean difference from the first and its 95% interval."""
     text = f"{np.mean([number(record) for record in runs.values()]):.{digits}f}"
     gaps = differences(runs, first, number)
     if gaps and runs is not first:
-        text += f" {np.mean(gaps):+.{digits}f}"
-        if len(gaps) > 1:
-            text += f" ±{interval(gaps):.{digits}f}"
+        text += f" {with_interval(gaps, digits)}"
     return text
+
+
+def last_loss(record: dict) -> float:
+    """The validation loss at the end of training."""
+    return record["val_curve"][-1][1]
 
 
 def deeper_half(record: dict, measure: str) -> float:
@@ -362,10 +289,10 @@ def deeper_half(record: dict, measure: str) -> float:
     return max(layers) if measure == "importance" else np.mean(layers[len(layers) // 2:])
 
 
-def print_table(title: str, rows: dict):
-    """rows: {variant: {header: cell}}, the headers of all rows alike."""
-    lines = [["variant", *next(iter(rows.values()))]]
-    lines += [[name, *row.values()] for name, row in rows.items()]
+def print_table(title: str, rows: dict, corner: str = "variant"):
+    """rows: {the row's name: {header: cell}}, the headers of all rows alike."""
+    lines = [[corner, *next(iter(rows.values()))]]
+    lines += [[str(name), *row.values()] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     print(f"\n{title}\n")
@@ -376,14 +303,14 @@ def print_table(title: str, rows: dict):
 def print_results(table: dict):
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
-    flags, steps = one["flags"], [step for step, _ in one["val_curve"]]
+    steps = [step for step, _ in one["val_curve"]]
     shown = np.linspace(0, len(steps) - 1, 5).astype(int)  # five evaluations, the last among them
-    losses, curves, layer_1, deeper = {}, {}, {}, {}
+    losses, curves, deeper = {}, {}, {}
     for variant, runs in table.items():
         record = next(iter(runs.values()))
         losses[variant] = {
             "seeds": f"{len(runs)}",
-            "validation loss": cell(runs, first, lambda r: r["val_curve"][-1][1], 4),
+            "validation loss": cell(runs, first, last_loss, 4),
             "training loss": cell(runs, first, lambda r: r["train_loss"], 4),
             "task": cell(runs, first, lambda r: 100 * r["task"], 1),
             "parameters": f"{record['params']:,}",
@@ -392,32 +319,50 @@ def print_results(table: dict):
         curves[variant] = {
             f"step {steps[i]:,}": cell(runs, first, lambda r: r["val_curve"][i][1], 4)
             for i in shown}
-        layer_1[variant], deeper[variant] = {}, {}
-        for measure, (_, digits) in MEASURES.items():
-            layer_1[variant][measure] = cell(runs, first, lambda r: r["attention"][measure][0],
-                                             digits)
-            deeper[variant][measure] = cell(runs, first, lambda r: deeper_half(r, measure), digits)
-    baseline = even(flags["block_size"], one["value_width"])
-    layer_1["even, random"] = {measure: f"{baseline[measure]:.{digits}f}"
-                               for measure, (_, digits) in MEASURES.items()}
-    layer_1["even, random"]["eigenvalue"] = ""  # it depends on the values' size
-
-    tokens = steps[-1] * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+        deeper[variant] = {
+            measure: cell(runs, first, lambda r: deeper_half(r, measure), digits)
+            for measure, (_, digits) in MEASURES.items()}
     minus = f"mean, then minus {name}'s ± its 95% interval"
-    print_table(f"After {tokens:,} tokens; {minus}.\nLoss in nats per token; task: % right of "
-                "four, chance 25; KV cache in bytes per token, float32", losses)
+    print_table(f"{describe_run(one)}; {minus}.\nLoss in nats per token; task: % right of four, "
+                "chance 25; KV cache in bytes per token, float32", losses)
     print_table(f"Validation loss as training goes on; {minus}", curves)
-    print_table(f"Attention in layer 1; {minus}", layer_1)
     print_table("Attention in the deeper half of the layers (mean; for importance, the largest of "
                 f"all layers); {minus}", deeper)
-    print("\n" + "\n".join(f"{name}: {meaning}" for name, (meaning, _) in MEASURES.items()))
     for variant, runs in table.items():
         layers = next(iter(runs.values()))["value_lambdas"]
-        if layers and ("--value_residual" in variant or flags["value_residual"] != "fixed"):
+        if layers and ("--value_residual" in variant or one["flags"]["value_residual"] != "fixed"):
             print(f"\n{variant}: weights of V_1 and V_n by layer, means over the seeds")
             for n in layers:
                 l1, l2 = np.mean([record["value_lambdas"][n] for record in runs.values()], axis=0)
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
+
+
+def describe_run(record: dict) -> str:
+    """What was trained, in words."""
+    flags, steps = record["flags"], record["val_curve"][-1][0]
+    tokens = steps * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
+    return (f"{len(record['attention']['rank'])} layers, width {flags['n_embd'] or 64}, "
+            f"{steps:,} steps, {tokens / 1e6:.1f}M tokens of {flags['dataset']}")
+
+
+def what_differs(record: dict) -> str:
+    """The flags of an experiment that are not today's defaults."""
+    names = {f.name for f in fields(TrainConfig)} - {*PLACE, "seed", "eval_every", "eval_tokens"}
+    words = [f"{name} {value}" for name, value in record["flags"].items() if name in names
+             and json.dumps(value) not in ("null", json.dumps(getattr(TrainConfig, name)))]
+    return ", ".join(words) or "the defaults"
+
+
+def print_look(table: dict):
+    """A table for each model and text: MEASURES of each layer."""
+    for name, runs in table.items():
+        [record] = runs.values()
+        rows = {}
+        for n in range(1, len(record["attention"]["rank"]) + 1):
+            rows[n] = {measure: f"{record['attention'][measure][n - 1]:.{digits}f}"
+                       for measure, (_, digits) in MEASURES.items()}
+        print_table(f"{name}: {record['loss']:.3f} nats per token in {WINDOWS} windows of "
+                    f"{record['flags']['block_size']} tokens", rows, "layer")
 
 
 def print_caches(runs: dict, contexts: tuple):
@@ -436,105 +381,129 @@ def print_caches(runs: dict, contexts: tuple):
 # -------------------------------------------------------------------------------------------------
 # Figures
 
-MARKERS = "osD^vP*XhpdH<>8"
 COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "gold", "navy", "lime", "tan",
           "teal")
 
 
-def draw(table: dict, folder: Path):
-    """loss.png and attention.png in folder."""
-    try:
-        from matplotlib.colors import to_rgb
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("\nno figures: pip install matplotlib, then start this again")
-        return
-    # In every figure a system has its own colour and marker. Where it comes with several sets of
-    # flags, those after the first have darker shades and other markers.
-    style = {}
-    for i, system in enumerate(dict.fromkeys([*SYSTEMS, *(name.split()[0] for name in table)])):
-        color = np.array(to_rgb(COLORS[i % len(COLORS)]))
-        variants = [variant for variant in table if variant.split()[0] == system]
-        for k, variant in enumerate(variants):
-            style[variant] = dict(color=color * (1 - 0.8 * k / len(variants)), markersize=5,
-                                  marker=MARKERS[(i + k) % len(MARKERS)])
-    loss = Figure(figsize=(12, 6), layout="constrained")
-    draw_loss(*loss.subplots(1, 2), table, style)
-    loss.savefig(folder / "loss.png")
-    attention = Figure(figsize=(12, 8), layout="constrained")
-    draw_attention(attention, table, style)
-    attention.savefig(folder / "attention.png")
-    print(f"\nfigures: {folder}/loss.png and {folder}/attention.png")
+def new_figure(title: str, height: float):
+    """A figure of so many inches, whose letters can be read at the width of a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams["font.size"] = 12
+    figure = Figure(figsize=(13, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
-def draw_loss(left, right, table: dict, style: dict):
-    """The final loss against the KV cache; the loss against steps: both minus the first's."""
+def pick_colors(variants) -> dict:
+    """{variant: colour}. SYSTEMS have the same ones in all figures, others what is left."""
+    colors = dict(zip(SYSTEMS, COLORS))
+    taken = {colors.get(variant) for variant in variants}
+    free = cycle([color for color in COLORS if color not in taken])
+    return {variant: colors.get(variant) or next(free) for variant in variants}
+
+
+def draw_dots(ax, rows: list):
+    """rows of (y, the differences of all seeds, colour): their mean and its interval."""
+    for y, gaps, color in rows:
+        bar = interval(gaps) if len(gaps) > 1 else None
+        ax.plot(gaps, [y] * len(gaps), ".", color=color, alpha=0.3)
+        ax.errorbar(np.mean(gaps), y, xerr=bar, fmt="o", capsize=4, color=color)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.invert_yaxis()
+    ax.locator_params(axis="x", nbins=5)
+
+
+def draw_loss(table: dict):
+    """Left, a row a variant: its loss minus the first's, and its share of the cache. Right: the
+    same against steps."""
     name, first = next(iter(table.items()))
     one = next(iter(first.values()))
-    steps = [step for step, _ in one["val_curve"]]
-    points, ends, sizes = {}, {}, []
+    gaps, share = {}, {}  # gaps: {variant: (seeds, evaluations)}
     for variant, runs in table.items():
-        gaps = differences(runs, first, lambda r: np.array(r["val_curve"])[:, 1])
-        if not gaps:
+        curves = differences(runs, first, lambda r: np.array(r["val_curve"])[:, 1])
+        if not curves:
             print(f"\nnot drawn, no seed in common with {name}: {variant}")
             continue
-        size = next(iter(runs.values()))["cache_bytes"]
-        x = size + 0.02 * one["cache_bytes"] * sizes.count(size)  # equal ones stand side by side
-        sizes.append(size)
-        last = [curve[-1] for curve in gaps]
-        error = interval(last) if len(last) > 1 else None
-        left.errorbar(x, np.mean(last), error, capsize=4, **style[variant])
-        draw_seeds(right, steps, np.array(gaps), style[variant])
-        points[variant], ends[variant] = (x, np.mean(last)), (steps[-1], np.mean(last))
-    left.set(xlabel="KV cache, bytes per token in float32 (equal ones side by side)",
-             ylabel=f"validation loss minus {name}'s, nats per token (lower is better)")
-    right.set(xlabel="steps (thin: each seed, thick: their mean)")
-    for ax, labelled in ((left, points), (right, ends)):
-        label_points(ax, labelled, style)
+        gaps[variant] = np.array(curves)
+        share[variant] = next(iter(runs.values()))["cache_bytes"] / one["cache_bytes"]
+    colors, minus = pick_colors(gaps), f"loss minus {name}'s, nats per token"
+    figure = new_figure(f"{describe_run(one)}, {len(first)} seed{'s' * (len(first) > 1)}",
+                        3.5 + 0.35 * len(gaps))
+    left, right = figure.subplots(1, 2)
+
+    by_loss = sorted(gaps, key=lambda variant: gaps[variant][:, -1].mean())
+    rows = sorted(by_loss, key=share.get)  # of equal caches the best comes first
+    draw_dots(left, [(y, gaps[v][:, -1], colors[v]) for y, v in enumerate(rows)])
+    left.set_yticks(range(len(rows)), [f"{v}  {share[v]:.0%}" for v in rows])
+    left.set(title="after the last step; KV cache in %",
+             xlabel=f"{minus}\n(left is better; bars: 95% intervals)")
+
+    steps = [step for step, _ in one["val_curve"]]
+    for variant in reversed(by_loss):  # the legend has the order of the last values
+        if len(gaps) <= 5:
+            right.plot(steps, gaps[variant].T, color=colors[variant], linewidth=0.5, alpha=0.4)
+        right.plot(steps, gaps[variant].mean(axis=0), ".-", color=colors[variant], label=variant)
+    right.set(title="as training goes on", xlabel="steps", xlim=(0, steps[-1]), ylabel=minus)
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
 
 
-def draw_attention(figure, table: dict, style: dict):
-    """Four of MEASURES by layer."""
-    first = next(iter(table.values()))
-    one = next(iter(first.values()))
-    baseline = even(one["flags"]["block_size"], one["value_width"])
-    measures = ("entropy", "first", "value_norm", "hidden_norm")
-    for ax, measure in zip(figure.subplots(2, 2).flat, measures):
+def draw_attention(table: dict):
+    """Four of MEASURES by layer, of runs or of models that were looked into."""
+    one = next(iter(next(iter(table.values())).values()))
+    T, colors = one["flags"]["block_size"], pick_colors(table)
+    figure = new_figure(describe_run(one) if "val_curve" in one else
+                        f"{WINDOWS} windows of {T} tokens of text", 9)
+    for ax, (measure, level) in zip(figure.subplots(2, 2).flat, even(T).items()):
         for variant, runs in table.items():
-            layers = np.array([record["attention"][measure] for record in runs.values()])
-            draw_seeds(ax, range(1, layers.shape[1] + 1), layers, style[variant], label=variant)
-        ax.axhline(baseline[measure], color="black", linestyle=":", label="even, random")
+            seeds = np.array([record["attention"][measure] for record in runs.values()])
+            layers = range(1, seeds.shape[1] + 1)
+            if len(table) <= 3:
+                ax.plot(layers, seeds.T, color=colors[variant], linewidth=0.5, alpha=0.4)
+            ax.plot(layers, seeds.mean(axis=0), ".-", color=colors[variant], label=variant)
+            if seeds.max() > 20:
+                ax.set_yscale("log")
+        ax.axhline(level, color="black", linestyle=":")
+        ax.annotate("like the others" if "norm" in measure else "even attention", (1, level),
+                    xycoords=("axes fraction", "data"), ha="right", va="bottom")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    ncols = max(1, 120 // (8 + max(map(len, table))))  # 120 letters fit side by side
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
-def draw_seeds(ax, x, curves: np.ndarray, style: dict, label=None):
-    """The curve of each seed, thin, and their mean."""
-    ax.plot(x, curves.T, color=style["color"], linewidth=0.5, alpha=0.4)
-    ax.plot(x, curves.mean(axis=0), label=label, **style)
+def draw_overview(tables: dict):
+    """A forest plot: a row an experiment, and in it a dot and its interval a variant."""
+    name = next(iter(next(iter(tables.values()))))
+    variants = list(dict.fromkeys(variant for table in tables.values() for variant in table))
+    colors, dots, labels = pick_colors(variants), [], []
+    for row, (folder, table) in enumerate(tables.items()):
+        labels.append(f"{folder}\n{what_differs(next(iter(table[name].values())))}")
+        for i, variant in enumerate(variants[1:], start=1):
+            gaps = differences(table.get(variant, {}), table[name], last_loss)
+            if gaps:
+                dots.append((row - 0.4 + 0.8 * i / len(variants), gaps, colors[variant]))
+    figure = new_figure(f"Validation loss minus {name}'s, nats per token (bars: 95% intervals)",
+                        2 + 0.65 * len(tables))
+    ax = figure.subplots()
+    draw_dots(ax, dots)
+    for variant in variants[1:]:
+        ax.plot([], [], "o", color=colors[variant], label=variant)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set(xlabel="left is better")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
 
 
-def label_points(ax, points: dict, style: dict):
-    """Writes each variant to the right of its point and joins the two with a line; labels that
-    would overlap are pushed apart."""
-    share = min(0.7, 0.013 * max(map(len, points)))  # of the axis, for the longest label
-    width = max(x for x, _ in points.values()) / (0.94 - share)
-    ax.set_xlim(0, width)
-    gap = 0.04 * np.ptp(ax.get_ylim())
-    labels = sorted(([x + 0.05 * width, y, name] for name, (x, y) in points.items()),
-                    key=lambda label: label[1])
-    for _ in range(100):
-        for low, high in combinations(labels, 2):
-            overlap = gap - (high[1] - low[1])
-            if abs(high[0] - low[0]) < (share + 0.05) * width and overlap > 0:
-                low[1] -= overlap / 2
-                high[1] += overlap / 2
-    for x, y, name in labels:
-        color = style[name]["color"]
-        ax.annotate(name, points[name], (x, y), va="center", fontsize=8, color=color,
-                    arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, relpos=(0, 0.5)))
+def save_figures(folder: Path, figures: dict):
+    """figures: {file's name: (function that draws it, its table)}."""
+    try:
+        for name, (function, table) in figures.items():
+            function(table).savefig(folder / name)
+            print(f"\nfigure: {folder / name}")
+    except ImportError:
+        print("\nno figures: pip install matplotlib, then start this again")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -554,12 +523,19 @@ def read_records(folder: Path) -> list[dict]:
     return records
 
 
+def read_table(folder: Path, variants: tuple | None) -> dict:
+    """{variant: {seed: record}} of the variants (None: all) that the folder has, in their order."""
+    table = {}
+    for record in read_records(folder):
+        table.setdefault(record["variant"], {})[record["seed"]] = record
+    return {variant: table[variant] for variant in variants or table if variant in table}
+
+
 def measure(runs: dict, config: BenchConfig, device):
     """Trains and measures the runs that the folder lacks, a line in results.jsonl for each.
     UserError if the folder holds an experiment with other flags or data."""
     folder = Path(config.out_dir)
-    about = dict(code=fingerprint(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__,
-                 machine=machine_name(device))
+    making = about(device) | dict(compile=compiles(config, device))
     # Every flag that all runs of the folder share, as JSON gives it back: a tuple as a list.
     shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
               if f.name not in (*PLACE, "attention", "seed")}
@@ -578,11 +554,11 @@ def measure(runs: dict, config: BenchConfig, device):
         if then != value:
             raise UserError(f"--{name} is {value}, but {folder} holds runs with {then}: choose "
                             "another --out_dir, or --overwrite")
-    if records and records[0]["data_sha256"] != data_sha256:
+    if records and records[0].get("data_sha256") != data_sha256:
         raise UserError(f"--dataset {config.dataset} is not what the runs in {folder} have read: "
                         "choose another --out_dir, or --overwrite")
     # An unfinished run is gone on with only by the same code, with the same flags and data.
-    key = json.dumps([shared, about["code"], data_sha256])
+    key = json.dumps([shared, making["code"], data_sha256])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     done = {(record["variant"], record["seed"]) for record in records}
     missing = [(variant, seed) for seed in dict.fromkeys(config.seeds) for variant in runs
@@ -596,47 +572,139 @@ def measure(runs: dict, config: BenchConfig, device):
         except UserError as error:  # a loss that is not finite: the others go on
             print(f"not measured: {error}")
             continue
-        record = dict(variant=variant, seed=seed, flags=shared) | about | numbers
+        record = dict(variant=variant, seed=seed, flags=shared) | making | numbers
         with open(folder / "results.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
         shutil.rmtree(out_dir)
 
 
 def show(folder: Path, variants: tuple | None):
-    """Prints the variants (None: all) against the first of them, and draws all that the folder
-    holds. Needs no data and trains nothing. UserError if there is nothing to show."""
-    table = {}  # {variant: {seed: record}}
-    for record in read_records(folder):
-        table.setdefault(record["variant"], {})[record["seed"]] = record
-    shown = {variant: table[variant] for variant in variants or table if variant in table}
-    if not shown:
+    """Prints and draws the variants (None: all) against the first of them. Needs no data and trains
+    nothing. UserError if there is nothing to show."""
+    table = read_table(folder, variants)
+    if not table:
         raise UserError(f"{folder}/results.jsonl has no runs to show")
     missing = [variant for variant in variants or () if variant not in table]
     if missing:
         print(f"no runs of {', '.join(missing)} in {folder}")
-    if len({record["code"] for runs in table.values() for record in runs.values()}) > 1:
-        print("\nWARNING: these runs were made by different versions of the code or of Python")
-    print_results(shown)
-    draw(table, folder)
+    records = [record for runs in table.values() for record in runs.values()]
+    for name in ("code", "machine", "compile", "torch"):
+        kinds = sorted({str(record.get(name)) for record in records})
+        if len(kinds) > 1:
+            print(f"\nWARNING: {name} is not the same for all of these runs: {' | '.join(kinds)}")
+    figures = {"attention.png": (draw_attention, table)}
+    if "val_curve" in records[0]:
+        print_results(table)
+        figures["loss.png"] = (draw_loss, table)
+    else:
+        print_look(table)
+    print("\n" + "\n".join(f"{name}: {meaning}" for name, (meaning, _) in MEASURES.items()))
+    save_figures(folder, figures)
+
+
+def show_overview(folders: list[Path], variants: tuple):
+    """One table and one figure of several experiments: variants against the first of them. Passes
+    over what is no experiment with the first and another."""
+    name, tables, rows = variants[0], {}, {}
+    for folder in folders:
+        table = read_table(folder, variants) if folder.is_dir() else {}
+        first = table.get(name, {})
+        if len(table) < 2 or not all("val_curve" in record for record in first.values()):
+            continue
+        tables[folder.name] = table
+        losses = [last_loss(record) for record in first.values()]
+        rows[folder.name] = {"seeds": f"{len(first)}", name: f"{np.mean(losses):.4f}"}
+        for variant in variants[1:]:
+            gaps = differences(table.get(variant, {}), first, last_loss)
+            rows[folder.name][variant] = with_interval(gaps, 4) if gaps else ""
+    if not tables:
+        raise UserError(f"--show: in none of these folders are runs of {name} and another variant")
+    print_table(f"Validation loss, nats per token: {name}'s, then the others' minus it ± the 95% "
+                "interval", rows, "experiment")
+    save_figures(folders[0].parent, {"overview.png": (draw_overview, tables)})
+
+
+# -------------------------------------------------------------------------------------------------
+# A look into trained models
+
+WINDOWS = 4  # of a text
+
+
+def open_model(name: str):
+    """(a model, a function text -> its tokens' ids) of a run's folder, or of what
+    GPT.from_pretrained takes. UserError if there is none that can be read."""
+    if Path(name, "ckpt.pt").exists():
+        model, tokenizer = load_run(Path(name))
+        return model, lambda text: tokenizer.encode(text, disallowed_special=())
+    try:
+        model = GPT.from_pretrained(name)
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained_source(name))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--look {name}: {error}") from None
+    return model, lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def look(config: BenchConfig, folder: Path, T: int, device):
+    """Reads each text with each model in WINDOWS windows of T tokens (at most what the runs among
+    the models can read); a line in the folder's results.jsonl for each."""
+    if any("val_curve" in record for record in read_records(folder)):
+        raise UserError(f"--out_dir {folder} holds the runs of an experiment: choose another")
+    for ckpt in (Path(name, "ckpt.pt") for name in config.look):
+        if ckpt.exists():
+            T = min(T, load_checkpoint(ckpt)["model_config"]["block_size"])
+    lines = []
+    for name in config.look:
+        model, encode = open_model(name)  # one at a time is in memory
+        model.to(device).requires_grad_(False)
+        for text in config.text or (argparse.__file__,):
+            ids = np.array(encode(Path(text).read_bytes().decode("utf-8", errors="replace")))
+            if len(ids) <= T:
+                raise UserError(f"--text {text}: {len(ids)} tokens of {name}'s are too few, "
+                                f"--block_size {T} needs more")
+            starts = np.linspace(0, len(ids) - T - 1, WINDOWS).astype(np.int64)
+            x, y = windows(ids, starts, T, device)  # (WINDOWS, T) each
+            losses = [model(*pair)[1].item() for pair in zip(x.split(1), y.split(1))]
+            label = Path(name).stem if name.endswith(".gguf") else name
+            record = dict(variant=f"{label} on {Path(text).name}", seed=0, flags=dict(block_size=T),
+                          loss=float(np.mean(losses)), attention=look_at_attention(model, x))
+            lines.append(json.dumps(record | about(device)) + "\n")
+    with replace_file(folder / "results.jsonl") as f:
+        f.write("".join(lines).encode())
 
 
 def main():
     config, given = parse_flags(BenchConfig, __doc__)
     if WORLD > 1:
         raise UserError("bench.py measures on one process: start it without torchrun")
+    for name, beside in BESIDE.items():
+        ignored = given - beside - {name}
+        if name in given and ignored:
+            raise UserError(f"--{min(ignored)} has no effect beside --{name}")
+    variants = config.variants if "variants" in given else None
     if config.show is not None:
-        show(Path(config.show), config.variants if "variants" in given else None)
+        folders = [Path(folder) for folder in config.show]
+        if len(folders) == 1:
+            show(folders[0], variants)
+        else:
+            show_overview(folders, config.variants)
         return
+    device = pick_device(config.device)
+    if config.look is not None:
+        folder = Path(config.out_dir if "out_dir" in given else "out/look")
+        look(config, folder, config.block_size if "block_size" in given else 256, device)
+        show(folder, None)
+        return
+    if config.text is not None:
+        raise UserError("--text is what --look reads: it has no effect without it")
     if config.quick:
         config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
-    runs, device = list_runs(config), pick_device(config.device)
+    runs = list_runs(config)
     if "cache" in config.parts:
         print_caches(runs, config.contexts)
     if "loss" in config.parts:
         measure(runs, config, device)
         show(Path(config.out_dir), config.variants)
-    if "speed" in config.parts:
-        print_speed(runs, config, device)
 
 
 if __name__ == "__main__":

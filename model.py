@@ -8,7 +8,8 @@ What is special about this model:
   is handed the keys and values of the layer below and those of layer 1; owns_k and owns_v say which
   layers have their own.
 - The KV cache allocates the tensors that the variant needs and no others.
-- The loss makes the logits an eighth of the tokens at a time, so that they never fill the memory.
+- GPT.from_pretrained reads a Llama of Hugging Face, so that what is said of attention can be looked
+  at in a model that people use.
 
 Layers are counted from 1, as in the paper. In shapes, B is the batch, T the new tokens, S the
 cached and the new ones, C the width (n_embd), nh the query heads, nkv the key/value
@@ -18,6 +19,7 @@ heads, hs the head size, V the vocabulary, L the number of layers.
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,22 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 VARIANTS = ("vanilla", "crosslayer", "resformer", "svformer", "neutreno", "denseformer", "gqa",
             "cla")
 
-# What a variant cannot be joined with, and why.
-CLASHES = {
-    "vanilla": (VARIANTS, "vanilla means that nothing changes"),
-    "svformer": (("resformer", "neutreno"), "svformer has no V_n to mix with V_1"),
-    "crosslayer": (("resformer", "svformer", "neutreno"), "crosslayer attends to V_1 itself"),
-}
-
-# Fields of GPTConfig that one variant uses. The others refuse any value but the default.
-USED_BY = {"n_kv_head": "gqa", "value_residual": "resformer", "value_lambda": "resformer",
-           "residual_layers": "resformer", "neutreno_lambda": "neutreno"}
-
-
-def require(condition: bool, message: str):
-    if not condition:
-        raise ValueError(message)
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -55,39 +41,19 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 4
     n_kv_head: int | None = None  # gqa: key/value heads; None: half of n_head
-    n_embd: int = 64
+    n_embd: int = 64  # the width
     n_ffn: int | None = None  # hidden size of the SwiGLU; None: 3.5 x n_embd
     attention: str = "resformer"  # one of VARIANTS, or several joined with "+"
     value_residual: str = "fixed"  # resformer: fixed, learnable or plus, see GPT.value_lambdas
     value_lambda: tuple = (0.5, 0.5)  # resformer: the weights of V_1 and V_n
-    residual_layers: tuple | None = None  # resformer: layers that mix V_1 in; None: 2 .. n_layer
+    residual_layers: tuple | None = None  # resformer: layers that mix V_1 in; None: all above 1
     neutreno_lambda: float | None = None  # None: 0.4, or 0.2 on top of resformer
     init: str = "scaled"  # scaled or paper, see GPT.init_weights
+    rope_theta: float = 10_000.0  # base of the rotary positions
+    norm_eps: float = 1e-5  # what RMSNorm adds to the mean square
 
     def __post_init__(self):
-        said = f"attention '{self.attention}'"
-        for name in self.variants:
-            require(name in VARIANTS, f"{said}: choose from {', '.join(VARIANTS)}, or join some "
-                                      "of them with '+'")
-            others, why = CLASHES.get(name, ((), ""))
-            require(not (set(others) - {name}) & set(self.variants), f"{said}: {why}")
-        for name, variant in USED_BY.items():
-            require(variant in self.variants or getattr(self, name) == getattr(GPTConfig, name),
-                    f"{name} is for {variant}, not for {self.attention}")
-        require(self.n_embd % (2 * self.n_head) == 0,
-                f"n_embd ({self.n_embd}) must be n_head ({self.n_head}) x an even head size")
-        require(self.n_head % self.kv_heads == 0,
-                f"n_kv_head ({self.kv_heads}, by default half of n_head) must divide n_head "
-                f"({self.n_head})")
-        require(self.value_residual in ("fixed", "learnable", "plus"),
-                f"value_residual must be fixed, learnable or plus, not {self.value_residual!r}")
-        require(isinstance(self.value_lambda, (tuple, list)) and len(self.value_lambda) == 2,
-                f"value_lambda must be two numbers, not {self.value_lambda}")
-        require(self.init in ("scaled", "paper"), f"init must be scaled or paper, not {self.init}")
-        for n in self.residual_layers or ():
-            require(1 < n <= self.n_layer and owns_v(self, n),
-                    f"residual_layers: there is no layer {n} that has values of its own to mix "
-                    "with layer 1's")
+        check_config(self)  # the last function of this file
 
     @property
     def variants(self) -> list[str]:
@@ -101,11 +67,16 @@ class GPTConfig:
     def kv_heads(self) -> int:
         if "gqa" not in self.variants:
             return self.n_head
-        return self.n_kv_head or max(1, self.n_head // 2)
+        return max(1, self.n_head // 2) if self.n_kv_head is None else self.n_kv_head
 
     @property
     def ffn_size(self) -> int:
-        return self.n_ffn or self.n_embd * 7 // 2
+        return self.n_embd * 7 // 2 if self.n_ffn is None else self.n_ffn
+
+    @property
+    def neutreno_weight(self) -> float:
+        usual = 0.2 if "resformer" in self.variants else 0.4
+        return usual if self.neutreno_lambda is None else self.neutreno_lambda
 
 
 def owns_k(config: GPTConfig, n: int) -> bool:
@@ -118,6 +89,14 @@ def owns_v(config: GPTConfig, n: int) -> bool:
     """Does layer n compute and cache values of its own?"""
     # SVFormer, arXiv 2410.17897: U_n = A_n V_1. Only the first layer has values.
     return owns_k(config, n) and ("svformer" not in config.variants or n == 1)
+
+
+def mixes_v1(config: GPTConfig, n: int) -> bool:
+    """Does layer n mix V_1 into its own values?"""
+    # ResFormer, arXiv 2410.17897, eq. 4: all above the first, or those of residual_layers.
+    if "resformer" not in config.variants or n == 1:
+        return False
+    return owns_v(config, n) if config.residual_layers is None else n in config.residual_layers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -192,20 +171,19 @@ class Attention(nn.Module):
             enable_gqa=groups > 1 and T == 1)  # (B, nh, T, hs)
         if "neutreno" in c.variants and n > 1:
             # NeuTRENO, arXiv 2312.00751: U_n = A_n V_n + l (V_1 - V_n)
-            usual = 0.2 if "resformer" in c.variants else 0.4
-            l = usual if c.neutreno_lambda is None else c.neutreno_lambda
-            u = u + l * (v1 - v)[:, :, -T:].repeat_interleave(groups, dim=1)  # (B, nh, T, hs)
+            l, more = c.neutreno_weight, (v1 - v)[:, :, -T:]  # (B, nkv, T, hs)
+            u = u + l * more.repeat_interleave(groups, dim=1)  # (B, nh, T, hs)
         return self.o_proj(u.transpose(1, 2).flatten(2)), (k, v)
 
 
-def rotary_table(start: int, T: int, head_dim: int, like: torch.Tensor):
+def rotary_table(start: int, T: int, head_dim: int, theta: float, like: torch.Tensor):
     """cos and sin, each (T, hs / 2), of the angles by which positions start .. start + T - 1 turn
-    their queries and keys: position x 10000^(-2j / hs) for pair j. RoFormer, arXiv 2104.09864."""
+    their queries and keys: position x theta^(-2j / hs) for pair j. RoFormer, arXiv 2104.09864."""
     # In float32 at least: bfloat16 cannot tell position 257 from 256.
     dtype = torch.promote_types(like.dtype, torch.float32)
     position = torch.arange(start, start + T, dtype=dtype, device=like.device)  # (T,)
     j = torch.arange(head_dim // 2, dtype=dtype, device=like.device)  # (hs / 2,)
-    angle = torch.outer(position, 10000.0 ** (-2 * j / head_dim))  # (T, hs / 2)
+    angle = torch.outer(position, theta ** (-2 * j / head_dim))  # (T, hs / 2)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -234,9 +212,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, n: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = Attention(config, n)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x, *context):
@@ -270,46 +248,11 @@ class KVCache:
 
 
 # -------------------------------------------------------------------------------------------------
-# The loss
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the tokens' cross-entropies, in nats, from x (N, C), weight (V, C), targets (N,).
-    Full logits (N, V) would take most of a step's memory. Their gradient is softmax minus one-hot,
-    so forward computes it at once, N / 8 tokens at a time, and backward only scales it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
-        total, grad_x, grad_weight = 0.0, [], torch.zeros_like(weight)
-        n = math.ceil(len(x) / 8)
-        for part, target in zip(x.split(n), targets.split(n)):
-            logits = F.linear(part, weight)  # (N / 8, V), in 16 bits under autocast
-            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
-            total = total + F.nll_loss(log_p, target, reduction="sum")  # leaves out -100
-            if with_gradients:
-                counts = (target != -100).to(log_p.dtype)[:, None]  # (N / 8, 1)
-                grad = log_p.exp_().mul_(counts)  # softmax, then minus one-hot
-                grad = grad.scatter_add_(1, target.clamp(min=0)[:, None], -counts).to(weight.dtype)
-                grad_x.append(torch.mm(grad, weight))
-                grad_weight += torch.mm(grad.T, part)
-        if with_gradients:
-            ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        # The gradients are numbers by now. once_differentiable would let create_graph=True pass.
-        require(not torch.is_grad_enabled(), "the loss has no second derivatives")
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total, grad_weight * grad_total, None, None
-
-
-# -------------------------------------------------------------------------------------------------
 # The model
 
 
 class GPT(nn.Module):
-    """The language model. `model(idx)` gives (logits, None), `model(idx, targets)` (None, loss)."""
+    """The language model: `logits, loss = model(idx, targets)`, `logits, _ = model(idx)`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -318,15 +261,12 @@ class GPT(nn.Module):
         layers = range(1, config.n_layer + 1)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, n) for n in layers)
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if "denseformer" in config.variants:
             # At first only the output of block n counts: 0 .. 0 1.
             self.depth_weights = nn.ParameterList(torch.eye(n + 1)[n].clone() for n in layers)
-        self.mixing = []  # ResFormer: the layers that mix V_1 into their own values
-        if "resformer" in config.variants:
-            own = [n for n in layers if n > 1 and owns_v(config, n)]
-            self.mixing = sorted(set(config.residual_layers or own))
+        self.mixing = [n for n in layers if mixes_v1(config, n)]
         if self.mixing and config.value_residual != "fixed":
             l1, l2 = config.value_lambda
             self.value_l1 = nn.Parameter(torch.full((len(self.mixing),), float(l1)))
@@ -354,6 +294,33 @@ class GPT(nn.Module):
             stream = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             p.copy_(std * torch.randn(p.shape, generator=stream))
 
+    @classmethod
+    def from_pretrained(cls, name: str):
+        """A Llama of Hugging Face (its name there, or a folder) or of a .gguf file, as a GPT in
+        float32. OSError if it isn't there, ImportError for lack of transformers, ValueError if
+        this class cannot say what that model does."""
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise ImportError("pretrained models need transformers 5: pip install transformers, "
+                              "for a .gguf file also gguf and accelerate") from None
+        source = pretrained_source(name)
+        llama = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model = cls(llama_config(llama.config))
+        # Where embeddings are tied, lm_head's are among these too.
+        weights = {key.removeprefix("model."): p for key, p in llama.state_dict().items()}
+        other = sorted(weights.keys() ^ model.state_dict().keys())
+        require(not other, f"{name}: {', '.join(other[:1])} is in one of the two models alone")
+        model.load_state_dict(weights)
+        # A net under all checks: both must say the same of a few random tokens.
+        T = min(64, model.config.block_size)
+        stream = torch.Generator().manual_seed(0)
+        idx = torch.randint(model.config.vocab_size, (1, T), generator=stream)
+        with torch.no_grad():
+            off = (model(idx)[0] - llama(idx).logits).abs().max().item()
+        require(off < 0.01, f"{name}: logits differ by {off:.2g} from those of transformers")
+        return model
+
     def value_lambdas(self) -> dict:
         """ResFormer's {n: (l1, l2)}, the weights of V_1 and V_n in each layer n that mixes them.
 
@@ -376,7 +343,7 @@ class GPT(nn.Module):
         require(past + T <= limit, f"{past + T} tokens: block_size or max_len allows {limit}")
         require(cache is None or len(idx) == cache.batch_size, "idx and cache differ in batch size")
         x = self.embed_tokens(idx)  # (B, T, C)
-        rope = rotary_table(past, T, self.config.head_dim, like=x)
+        rope = rotary_table(past, T, self.config.head_dim, self.config.rope_theta, like=x)
         mask = None
         if (past > 0 and T > 1) or "crosslayer" in self.config.variants:
             # Token t of this piece sees the tokens 0 .. past + t.
@@ -398,23 +365,20 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), (None, the mean
-        cross-entropy in nats per token), where targets of -100 do not count; NaN if none counts.
+        """idx (B, T) int64 -> (logits (B, T, V), loss). The loss is None without targets; with
+        targets (B, T) int64 it is the mean cross-entropy in nats per token. Targets of -100 do not
+        count; if none counts, it is NaN. A cache is for use under torch.no_grad.
 
-        A cache is for use under torch.no_grad. The loss reads lm_head.weight and calls no hooks of
-        lm_head. ValueError if there are too many tokens, if targets have another shape than idx,
-        or for a loss if lm_head is no plain Linear without bias.
+        ValueError if there are too many tokens, or if targets have another shape than idx.
         """
-        x = self.hidden_states(idx, cache)
+        logits = self.lm_head(self.hidden_states(idx, cache))  # (B, T, V)
         if targets is None:
-            return self.lm_head(x), None
+            return logits, None
         require(targets.shape == idx.shape, f"targets {tuple(targets.shape)} must have the shape "
                                             f"of idx, {tuple(idx.shape)}")
-        require(type(self.lm_head) is nn.Linear and self.lm_head.bias is None,
-                "lm_head must be a Linear without bias: the loss reads its weight alone")
-        total = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                         torch.is_grad_enabled())
-        return None, total / (targets != -100).sum()
+        # The softmax in float32 at least: 16 bits, as under autocast, are too few for it.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot be trained on
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None, use_cache=True):
@@ -453,6 +417,37 @@ class GPT(nn.Module):
         return KVCache(self.config, 1, 1, "meta", dtype).nbytes  # meta: tensors without storage
 
 
+def pretrained_source(name: str) -> dict:
+    """What `from_pretrained` of transformers' classes is to be given. No code of a model's is run.
+    """
+    source = dict(pretrained_model_name_or_path=name, trust_remote_code=False)
+    if name.endswith(".gguf"):
+        path = Path(name)
+        source |= dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
+    return source
+
+
+def llama_config(c) -> GPTConfig:
+    """A configuration of transformers as one of ours; ValueError if the two models differ."""
+    rope = getattr(c, "rope_parameters", None) or {}
+    require("rope_theta" in rope and hasattr(c, "rms_norm_eps"), f"{c.model_type} is no Llama")
+    require(rope["rope_type"] == "default", f"rope scaling of type {rope['rope_type']}")
+    require(c.hidden_act == "silu", f"hidden_act {c.hidden_act}: SwiGLU has silu")
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    require(head_dim * c.num_attention_heads == c.hidden_size,
+            f"head_dim {head_dim} is not hidden_size / num_attention_heads")
+    window = getattr(c, "sliding_window", None) or c.max_position_embeddings
+    require(window >= c.max_position_embeddings,
+            f"sliding_window {window} is shorter than {c.max_position_embeddings} tokens")
+    grouped = c.num_key_value_heads < c.num_attention_heads
+    return GPTConfig(vocab_size=c.vocab_size, block_size=c.max_position_embeddings,
+                     n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
+                     n_kv_head=c.num_key_value_heads if grouped else None,
+                     n_embd=c.hidden_size, n_ffn=c.intermediate_size,
+                     attention="gqa" if grouped else "vanilla",
+                     rope_theta=rope["rope_theta"], norm_eps=c.rms_norm_eps)
+
+
 # Attention while text is generated: any of torch's kernels but cuDNN's, which makes a new plan for
 # each new length.
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -468,3 +463,54 @@ def draw(logits, temperature=1.0, top_k=None, generator=None) -> torch.Tensor:
     p = ((logits - logits[:, :1]) / temperature).softmax(dim=1)
     drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
     return ids.gather(1, drawn)[:, 0]
+
+
+# -------------------------------------------------------------------------------------------------
+# What a configuration may not be
+
+# What a variant cannot be joined with, and why.
+CLASHES = {
+    "vanilla": (VARIANTS, "vanilla means that nothing changes"),
+    "svformer": (("resformer", "neutreno"), "svformer has no V_n to mix with V_1"),
+    "crosslayer": (("resformer", "svformer", "neutreno"), "crosslayer attends to V_1 itself"),
+}
+
+# Fields of GPTConfig that one variant uses. The others refuse any value but the default.
+USED_BY = {"n_kv_head": "gqa", "value_residual": "resformer", "value_lambda": "resformer",
+           "residual_layers": "resformer", "neutreno_lambda": "neutreno"}
+
+
+def require(condition: bool, message: str):
+    if not condition:
+        raise ValueError(message)
+
+
+def check_config(c: GPTConfig):
+    """ValueError that begins with the field's name, where a model would be none or another one."""
+    said = f"attention '{c.attention}'"
+    for name in c.variants:
+        require(name in VARIANTS, f"{said}: choose from {', '.join(VARIANTS)}, or join some of "
+                                  "them with '+'")
+        require(c.variants.count(name) == 1, f"{said}: {name} stands in it more than once")
+        others, why = CLASHES.get(name, ((), ""))
+        joined = set(c.variants) - {name}
+        require(joined.isdisjoint(others), f"{said}: {why}")
+    for name, variant in USED_BY.items():
+        require(variant in c.variants or getattr(c, name) == getattr(GPTConfig, name),
+                f"{name} is for {variant}, not for {c.attention}")
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn"):
+        size = getattr(c, name)
+        require(size is None or size >= 1, f"{name} must be at least 1, not {size}")
+    require(c.n_embd % (2 * c.n_head) == 0,
+            f"n_embd ({c.n_embd}) must be n_head ({c.n_head}) x an even head size")
+    require(c.n_head % c.kv_heads == 0,
+            f"n_kv_head ({c.kv_heads}, by default half of n_head) must divide n_head ({c.n_head})")
+    require(c.value_residual in ("fixed", "learnable", "plus"),
+            f"value_residual must be fixed, learnable or plus, not {c.value_residual!r}")
+    require(isinstance(c.value_lambda, (tuple, list)) and len(c.value_lambda) == 2,
+            f"value_lambda must be two numbers, not {c.value_lambda}")
+    require(c.init in ("scaled", "paper"), f"init must be scaled or paper, not {c.init}")
+    for n in c.residual_layers or ():
+        require(1 < n <= c.n_layer and owns_v(c, n),
+                f"residual_layers: there is no layer {n} that has values of its own to mix with "
+                "layer 1's")

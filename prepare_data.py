@@ -4,7 +4,6 @@
     python prepare_data.py shakespeare            tiny Shakespeare, a download of 1.1 MB
     python prepare_data.py fineweb --shards 10    FineWeb in GPT-2's tokens, 0.2 GB a shard
     python prepare_data.py PATH                   a text file, or a folder of them
-    python prepare_data.py backcopy               a task on which attention concentrates
 
 writes data/<name>/train.bin and val.bin, token ids as uint16 and nothing else, and meta.json: the
 tokenizer, its vocabulary, tokens and bytes of text, where the text is from, the ids' SHA-256.
@@ -17,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -60,10 +58,12 @@ def one_line_errors(interrupted: str = "interrupted"):
 def flag(default, help: str, **options):
     """A dataclass field that is also a command-line flag. group=NAME begins a group in --help,
     at_least=N is its lowest value; other options are argparse's."""
+    words = default if isinstance(default, tuple) else (default,)
     if default is False:
         options["action"] = "store_true"
-    elif default is not None:
-        words = default if isinstance(default, tuple) else (default,)
+    elif default is None:
+        options.setdefault("type", str)
+    else:
         options.setdefault("type", type(words[0]))
         help += f" (default: {' '.join(map(str, words))})".replace("\n", r"\n")
     return field(default=default, metadata=dict(help=help, **options))
@@ -94,15 +94,16 @@ def parse_flags(cls, description: str, argv=None):
 
 
 def check_values(config):
-    """UserError if a field of config has a value that its flag does not take."""
+    """UserError if a field of config has a value that its flag does not take: another type than
+    the flag's (an int is a float too), none of its choices, or too low a number."""
     for f in fields(config):
         value, low = getattr(config, f.name), f.metadata.get("at_least")
+        if "help" not in f.metadata or (value is None and f.default is None):
+            continue  # it is no flag, or has no value
+        kind = f.metadata.get("type", bool)
         for item in value if isinstance(value, tuple) else (value,):
-            if item is None and f.default is None:
-                continue
-            # The flags are saved in the checkpoint, which may hold plain values only.
-            if type(item) not in (bool, int, float, str):
-                raise UserError(f"--{f.name} must be a plain value, not {item!r}")
+            if type(item) not in ((int, float) if kind is float else (kind,)):
+                raise UserError(f"--{f.name} must be of type {kind.__name__}, not {item!r}")
             if item not in f.metadata.get("choices", (item,)):
                 raise UserError(f"--{f.name} must be one of {f.metadata['choices']}, not {item!r}")
             if low is not None and not low <= item < math.inf:
@@ -127,23 +128,17 @@ def replace_file(path: Path):
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"byte": the 256 bytes and end-of-text, 257 ids. "byte 32 97 ...": only these bytes, of ASCII,
-    and end-of-text; encoding drops all others. "gpt2": 50,257 ids, downloaded once."""
-    if name != "gpt2":
-        alphabet = range(256)
-        character = "(?s:.)"
-        if name != "byte":
-            alphabet = [int(byte) for byte in name.split()[1:]]
-            character = f"[{re.escape(bytes(alphabet).decode())}]"
+    """"byte": the 256 bytes and end-of-text, 257 ids. "gpt2": 50,257 ids, downloaded once."""
+    if name == "byte":
         return tiktoken.Encoding(
-            name, pat_str=character + "{1,512}",  # pieces, because a long one takes long to encode
-            special_tokens={"<|endoftext|>": len(alphabet)},
-            mergeable_ranks={bytes([byte]): i for i, byte in enumerate(alphabet)})
+            name, pat_str="(?s:.){1,512}",  # pieces, because a long one takes long to encode
+            special_tokens={"<|endoftext|>": 256},
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"GPT-2's vocabulary isn't here ({type(error).__name__}): go online, set "
-                        "TIKTOKEN_CACHE_DIR to its folder, or use --tokenizer byte") from None
+        raise UserError(f"the vocabulary of {name} isn't here ({type(error).__name__}): go online, "
+                        "set TIKTOKEN_CACHE_DIR to its folder, or use --tokenizer byte") from None
 
 
 def stream_text(tokenizer, ids):
@@ -210,20 +205,25 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
 
 
 def read_texts(dataset: str, files: list[Path]) -> tuple[list[str], list[str]]:
-    """The texts to train and to validate on. Files without UTF-8 text are left out and counted.
+    """The texts to train and to validate on. Files without UTF-8 text are left out, and said.
     Every tenth text is for validation (the last one, if there are fewer than ten), or the last
     tenth of the characters of a single one. UserError if there is too little text."""
-    texts = []
+    texts, left_out = [], []
     for path in files:
         try:
             text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as error:
+            left_out.append(f"{path} (byte {error.start} is no UTF-8)")
             continue
-        if text and "\0" not in text:
+        if "\0" in text:
+            left_out.append(f"{path} (binary)")
+        elif text:
             texts.append(text)
+    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(left_out)} left out")
+    for line in left_out[:3]:
+        print(f"left out: {line}")
     if sum(map(len, texts)) < 20:
         raise UserError(f"{dataset}: no UTF-8 text in it, or too short to train and validate on")
-    print(f"{dataset}: {len(texts)} files of UTF-8 text, {len(files) - len(texts)} left out")
     if len(texts) == 1:
         cut = len(texts[0]) * 9 // 10
         return [texts[0][:cut]], [texts[0][cut:]]
@@ -241,31 +241,10 @@ def encode(texts: list[str], tokenizer):
         yield tokenizer.encode_to_numpy(text, disallowed_special=())
 
 
-def backcopy(source: np.ndarray, streams: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bigram-Backcopy, arXiv 2410.13835: (ids (streams, length), the triggers). Each id follows
-    the one before as often as it does in source, but after a trigger, one of source's three most
-    frequent ids, the id before the trigger comes again."""
-    n = source.max() + 1  # different ids
-    counts = np.zeros((n, n))
-    np.add.at(counts, (source, np.roll(source, -1)), 1)  # after the last id comes the first
-    totals = counts.sum(axis=1)
-    triggers = totals.argsort()[-3:]
-    cumulative = counts.cumsum(axis=1) / totals[:, None]  # (a, b): P(at most b follows a)
-    rng = np.random.default_rng(0)
-    ids = np.empty((length, streams), dtype=np.int64)
-    ids[0] = rng.choice(source[~np.isin(source, triggers)], streams)
-    for i in range(1, length):  # all streams at once
-        last = ids[i - 1]
-        drawn = (cumulative[last] <= rng.random((streams, 1))).sum(axis=1)
-        # The first id is no trigger, so that i - 2 is there.
-        ids[i] = np.where(np.isin(last, triggers), ids[i - 2], drawn)
-    return ids.T, triggers
-
-
 # -------------------------------------------------------------------------------------------------
 # Preparing and loading a data set
 
-NAMED = ("stdlib", "shakespeare", "fineweb", "backcopy")
+NAMED = ("stdlib", "shakespeare", "fineweb")
 
 
 @dataclass
@@ -290,40 +269,30 @@ def prepare(config: DataConfig) -> Path:
     usual = "gpt2" if dataset == "fineweb" else "byte"
     tokens = config.tokenizer or usual
     if tokens != usual:
-        if dataset in ("fineweb", "backcopy"):
-            raise UserError(f"--tokenizer {tokens}: {dataset} comes in other tokens")
+        if dataset == "fineweb":
+            raise UserError("--tokenizer byte: fineweb comes in GPT-2's tokens")
         name += f"-{tokens}"
     out, tokenizer = Path("data", name), get_tokenizer(tokens)
     meta = out / "meta.json"
     if meta.exists() and json.loads(meta.read_bytes())["source"] != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
-    more = {}  # what else meta.json says
     if dataset == "fineweb":
         shards = [out / f"fineweb_train_{i:06d}.bin" for i in range(1, config.shards + 1)]
         train = read_shards(shards)
         val = read_shards([out / "fineweb_val_000000.bin"])
-    elif dataset == "backcopy":
-        [text], _ = read_texts("shakespeare", find_texts("shakespeare", out))
-        text = re.sub("[^a-z]+", " ", text.lower())  # 27 characters
-        alphabet = sorted(set(text.encode()))
-        tokenizer = get_tokenizer(" ".join(map(str, ["byte", *alphabet])))
-        ids, triggers = backcopy(tokenizer.encode_to_numpy(text), streams=1100, length=4095)
-        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=tokenizer.eot_token)  # (1100, 4096)
-        train, val = ids[:1000], ids[1000:]
-        more["triggers"] = triggers.tolist()
     else:
         texts = read_texts(dataset, find_texts(dataset, out))
         train, val = (encode(part, tokenizer) for part in texts)
-    write_dataset(out, tokenizer, train, val, dict(source=source, **more))
+    write_dataset(out, tokenizer, train, val, source)
     return out
 
 
-def write_dataset(out: Path, tokenizer, train, val, more: dict):
+def write_dataset(out: Path, tokenizer, train, val, source: str):
     """Writes train.bin and val.bin, each from pieces of token ids, and meta.json."""
     tokens = tokenizer.decode_tokens_bytes(range(tokenizer.eot_token))
     n_bytes = [*map(len, tokens), 0]  # of each token; end-of-text, the last, has no text
-    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, **more)
+    meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, source=source)
     sha256 = hashlib.sha256()
     with replace_file(out / "val.bin") as val_file, replace_file(out / "train.bin") as train_file:
         for part, f, pieces in (("train", train_file, train), ("val", val_file, val)):
@@ -342,20 +311,36 @@ def write_dataset(out: Path, tokenizer, train, val, more: dict):
           f"validation, of {meta['vocab_size']:,} different ones")
 
 
+# What a training run reads of meta.json.
+META = dict(tokenizer=str, vocab_size=int, train_tokens=int, val_tokens=int, val_bytes=int,
+            sha256=str)
+
+
 def load(dataset: str):
     """(train ids, val ids, meta) of a name under data/, or of a folder: two read-only uint16 arrays
     on disk, and what meta.json says. UserError if they aren't there or aren't whole."""
     folder = Path("data", dataset)
     if not folder.is_dir():
         folder = Path(dataset)
-    if not (folder / "meta.json").is_file():
+    path = folder / "meta.json"
+    if not path.is_file():
         raise UserError(f"--dataset {dataset} isn't there yet: prepare_data.py makes it")
-    meta, arrays = json.loads((folder / "meta.json").read_bytes()), []
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is no JSON: prepare the data again") from None
+    for name, kind in META.items():
+        if type(meta.get(name)) is not kind:
+            raise UserError(f"{path} has no {name} of type {kind.__name__}: prepare the data again")
+    arrays = []
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]
         if not path.is_file() or path.stat().st_size != 2 * n or n == 0:
             raise UserError(f"{path} should be {n} tokens, and is not: prepare the data again")
         arrays.append(np.memmap(path, dtype=np.uint16, mode="r"))
+        if arrays[-1].max() >= meta["vocab_size"]:
+            raise UserError(f"{path} has token {arrays[-1].max()}, which a vocabulary of "
+                            f"{meta['vocab_size']} does not have: prepare the data again")
     return *arrays, meta
 
 

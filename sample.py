@@ -10,12 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from model import GPT, GPTConfig
-from prepare_data import (UserError, flag, get_tokenizer, one_line_errors, parse_flags,
-                          stream_text)
-from train import load_checkpoint, pick_device, pick_dtype
+from prepare_data import UserError, flag, one_line_errors, parse_flags, stream_text
+from train import load_run, pick_device, pick_dtype
 
 
 @dataclass
@@ -36,26 +35,25 @@ def main():
     config, _ = parse_flags(SampleConfig, __doc__)
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
-    ckpt = load_checkpoint(Path(config.out_dir, "ckpt.pt"))
-    tokenizer = get_tokenizer(ckpt["tokenizer"])
-    model = GPT(GPTConfig(**ckpt["model_config"]))
-    model.load_state_dict(ckpt["model"])
+    model, tokenizer = load_run(Path(config.out_dir))
     model.to(device, dtype)
     prompt = config.prompt
     if prompt.startswith("FILE:"):
         prompt = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8", errors="replace")
     ids = tokenizer.encode(prompt, disallowed_special=())
-    prompt = tokenizer.decode(ids)  # what the model reads: backcopy's tokenizer drops the rest
-    if ckpt["config"].get("start_token"):  # as in training
-        ids = [tokenizer.eot_token, *ids]
     if not ids:
-        raise UserError("--prompt has no text that the model's tokenizer knows")
+        raise UserError("--prompt has no text in it")
+    window = model.config.block_size
+    if len(ids) > window:
+        print(f"the prompt has {len(ids)} tokens: the model reads the last {(window + 1) // 2}",
+              file=sys.stderr)
     idx = torch.tensor([ids], device=device)  # (1, T)
 
     start = time.perf_counter()
     for i in range(config.num_samples):
+        stream = np.random.SeedSequence((config.seed, i))  # no two texts of any two seeds share it
         tokens = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k,
-                                config.seed + i, use_cache=not config.no_cache)
+                                stream.generate_state(1).item(), use_cache=not config.no_cache)
         print(prompt, end="")
         for text in stream_text(tokenizer, map(int, tokens)):
             print(text, end="", flush=True)

@@ -20,21 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import GPT, VARIANTS, GPTConfig
-from prepare_data import (DataConfig, UserError, check_values, flag, load, one_line_errors,
-                          parse_flags, prepare, replace_file)
-
-# The paper's sizes (its Table 4) and a small one; the SwiGLU is 3.5 times as wide as the model.
-SIZES = {
-    "small": dict(n_layer=8, n_head=4, n_embd=64),
-    "2M": dict(n_layer=4, n_head=2, n_embd=16),
-    "82M": dict(n_layer=8, n_head=8, n_embd=512),
-    "180M": dict(n_layer=12, n_head=12, n_embd=768),
-    "468M": dict(n_layer=24, n_head=16, n_embd=1024),
-}
+from model import GPT, VARIANTS, GPTConfig, mixes_v1
+from prepare_data import (DataConfig, UserError, check_values, flag, get_tokenizer, load,
+                          one_line_errors, parse_flags, prepare, replace_file)
 
 # Which process this is, of how many, if torchrun has started it.
 RANK, WORLD = 0, 1
@@ -46,13 +36,12 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 class TrainConfig:
     attention: str = flag("resformer", f"{', '.join(VARIANTS)}, or several joined with +",
                           group="model")
-    size: str = flag("small", "layers, heads and width of the model", choices=tuple(SIZES))
-    n_layer: int | None = flag(None, "layers, instead of the size's", type=int, at_least=1)
-    n_head: int | None = flag(None, "query heads, instead of the size's", type=int, at_least=1)
+    n_layer: int = flag(GPTConfig.n_layer, "layers", at_least=1)
+    n_head: int = flag(GPTConfig.n_head, "query heads", at_least=1)
     n_kv_head: int | None = flag(None, "gqa: key/value heads (n_head / 2)", type=int, at_least=1)
-    n_embd: int | None = flag(None, "width, instead of the size's", type=int, at_least=1)
+    n_embd: int = flag(GPTConfig.n_embd, "width", at_least=1)
     n_ffn: int | None = flag(None, "SwiGLU's hidden size (3.5 x n_embd)", type=int, at_least=1)
-    block_size: int = flag(128, "context, in tokens", at_least=1)
+    block_size: int = flag(GPTConfig.block_size, "context, in tokens", at_least=1)
     value_residual: str = flag("fixed", "resformer: how V_1 and V_n are weighted",
                                choices=("fixed", "learnable", "plus"))
     value_lambda: tuple = flag((0.5, 0.5), "resformer: weights of V_1, V_n", nargs=2, type=float)
@@ -65,15 +54,11 @@ class TrainConfig:
 
     dataset: str = flag("stdlib", "what prepare_data.py wrote: a name under data/, or a path",
                         group="data")
-    start_token: bool = flag(False, "begin every sequence with end-of-text, as the paper does")
     batch_size: int = flag(16, "sequences in a forward pass, over all processes", at_least=1)
     grad_accum: int = flag(1, "forward passes whose gradients make one step", at_least=1)
 
     max_steps: int = flag(900, "steps of training", group="optimization", at_least=1)
-    optimizer: str = flag("adamw", "muon is for the layers' matrices, with adamw for the rest",
-                          choices=("adamw", "muon"))
-    lr: float | None = flag(None, "highest learning rate (8e-3, for muon 1.6e-2)", type=float,
-                            at_least=0)
+    lr: float = flag(8e-3, "highest learning rate", at_least=0)
     min_lr: float | None = flag(None, "last learning rate (lr / 10)", type=float, at_least=0)
     warmup_steps: int = flag(50, "steps in which the learning rate rises to lr", at_least=0)
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices", at_least=0)
@@ -91,8 +76,7 @@ class TrainConfig:
     eval_tokens: int = flag(131072, "validation tokens in an evaluation", at_least=1)
     out_dir: str | None = flag(None, "the run's folder (out/, named after the flags)", type=str)
     resume: bool = flag(False, "go on from the checkpoint in the run's folder, if there is one")
-    overwrite: bool = flag(False, "start anew in a folder that holds a run, which stays "
-                                  "until the new one's first evaluation")
+    overwrite: bool = flag(False, "start anew in a folder that holds a run, which is deleted")
 
 
 # Flags of the machine and the folder; these and FREE may differ when a run is resumed. Another
@@ -106,23 +90,18 @@ def check(config: TrainConfig):
     check_values(config)
     if config.batch_size % WORLD != 0:
         raise UserError(f"--batch_size {config.batch_size} must divide by the {WORLD} processes")
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UserError(f"--optimizer muon needs torch 2.9, this is {torch.__version__}")
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
     model_config(config, vocab_size=257)
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The shape of the model, from --size and the flags that change it."""
+    """The model of a run: each field of GPTConfig that is also a flag."""
     # Matrix units like multiples of 64; GPT-2's 50,257 becomes 50,304 with ids that never occur.
-    shape = dict(vocab_size=vocab_size if vocab_size < 1000 else math.ceil(vocab_size / 64) * 64)
-    shape |= SIZES[config.size]
-    for f in fields(GPTConfig):
-        if f.name != "vocab_size" and getattr(config, f.name) is not None:
-            shape[f.name] = getattr(config, f.name)
+    size = vocab_size if vocab_size < 1000 else math.ceil(vocab_size / 64) * 64
+    flags = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     try:
-        return GPTConfig(**shape)
+        return GPTConfig(vocab_size=size, **flags)
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
@@ -135,8 +114,8 @@ def train(config: TrainConfig, verbose: bool = True):
     """Trains a model in its folder; returns the model and its history, a dict for each step:
     step, loss (nats per token), lr and seconds, after an evaluation also val_loss, bits_per_byte.
 
-    ckpt.pt and log.jsonl are replaced after each evaluation, unless the loss is not finite.
-    verbose=False prints nothing but the progress. Raises UserError."""
+    ckpt.pt and log.jsonl are replaced after each evaluation. verbose=False prints nothing but the
+    progress. Raises UserError, also when a loss is not finite: then only the log is written."""
     check(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config, device)
@@ -145,12 +124,13 @@ def train(config: TrainConfig, verbose: bool = True):
     train_data, val_data, meta = load_data(config)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, meta["vocab_size"])).to(device)
-    optimizers = make_optimizers(model, config)
+    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    history = restore(config, meta, model, optimizers, scaler)
-    run_folder(config).mkdir(parents=True, exist_ok=True)  # fails now, not at the first checkpoint
-    start_id = meta["vocab_size"] - 1 if config.start_token else None  # end-of-text is the last
-    compile_model(model, config, device)
+    history = restore(config, meta, model, optimizer, scaler)
+    begin(config, history)
+    if compiles(config, device):
+        torch.compiler.reset()  # after 8 models in one process it would compile no more
+        model.compile()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step_tokens = config.grad_accum * config.batch_size * config.block_size
     bar = tqdm(range(len(history), config.max_steps), initial=len(history), total=config.max_steps,
@@ -159,33 +139,32 @@ def train(config: TrainConfig, verbose: bool = True):
     if verbose:
         bar.write(f"{config.attention}: {model.num_params():,} parameters on {device}, "
                   f"{step_tokens:,} tokens a step, run in {run_folder(config)}")
+    if verbose and config.resume and not history:
+        bar.write("--resume: the folder holds no checkpoint yet, so this starts at step 1")
     for step in bar:
         start = time.perf_counter()
 
         # The gradients of the whole batch, micro-batch by micro-batch.
         loss = torch.zeros((), device=device)
         for starts in batch_starts(config, step, len(train_data)):
-            x, y = windows(train_data, starts[RANK::WORLD], config.block_size, device, start_id)
+            x, y = windows(train_data, starts[RANK::WORLD], config.block_size, device)
             with autocast:
                 _, micro_loss = model(x, y)
-            # The loss is a mean over all micro-batches; their gradients add up.
-            micro_loss = micro_loss / config.grad_accum
+            # The loss is a mean over micro-batches and processes; the gradients of all add up.
+            micro_loss = micro_loss / (config.grad_accum * WORLD)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        average_over_processes([loss, *(p.grad for p in model.parameters())])
+        sum_over_processes([loss, *(p.grad for p in model.parameters())])
 
-        # The update. Gradients that overflow in float16 are left out, and the scaler scales less.
+        # The update. The scaler leaves out gradients that overflow in float16, and scales less.
         lr = learning_rate(config, step)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if norm.isfinite() or not scaler.is_enabled():
-                optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()
 
         # The log; now and then an evaluation and a checkpoint.
         record = dict(step=step + 1, loss=loss.item(), lr=lr, seconds=time.perf_counter() - start)
@@ -194,16 +173,15 @@ def train(config: TrainConfig, verbose: bool = True):
                             f"{step_tokens / record['seconds']:,.0f} tokens/s", refresh=False)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.max_steps:
             with autocast:
-                val_loss = evaluate(model, val_data, config, device, start_id)
-            if not math.isfinite(record["loss"] + val_loss):
-                raise UserError(f"step {step + 1}: the loss is not finite: try a lower --lr; the "
-                                "last checkpoint is as it was")
+                val_loss = evaluate(model, val_data, config, device)
             bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
             record |= dict(val_loss=val_loss, bits_per_byte=bits)
-            save(config, meta, model, optimizers, scaler, history)
             if verbose:
                 bar.write(f"step {step + 1}: validation loss {val_loss:.4f} nats per token, "
                           f"{bits:.4f} bits per byte")
+        check_finite(config, history)
+        if "val_loss" in record:
+            save(config, meta, model, optimizer, scaler, history)
     return model, history
 
 
@@ -233,12 +211,9 @@ def batch_starts(config: TrainConfig, step: int, n_tokens: int) -> np.ndarray:
     return rng.integers(0, n_tokens - config.block_size, (config.grad_accum, config.batch_size))
 
 
-def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device, start_id) -> tuple:
-    """Inputs and targets, each (len(starts), block_size) int64: the text from starts on. With a
-    start_id, the inputs begin with it, and the targets with the text's first token."""
+def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device) -> tuple:
+    """Inputs and targets, each (len(starts), block_size) int64: the text from starts on."""
     ids = torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    if start_id is not None:
-        ids = F.pad(ids[:, :-1], (1, 0), value=start_id)
     if device.type == "cuda":  # from pinned memory, so that the copy does not hold up the program
         ids = ids.pin_memory().to(device, non_blocking=True)
     else:
@@ -246,39 +221,22 @@ def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device, start
     return ids[:, :-1], ids[:, 1:]
 
 
-def compile_model(model: GPT, config: TrainConfig, device: torch.device):
-    """From its first call on, model(x, y) is compiled, where --compile says so."""
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        torch.compiler.reset()  # after 8 models in one process it would compile no more
-        model.compile()
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, whose weight decay is for matrices only. The loop sets the learning rate."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
+                              dict(params=vectors, weight_decay=0.0)],
+                             betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW; with --optimizer muon, Muon for the layers' matrices and AdamW for the rest. The loop
-    sets the learning rate."""
-    matrices, vectors, hidden = [], [], []
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            vectors.append(p)
-        elif config.optimizer == "muon" and name.startswith("layers."):
-            hidden.append(p)
-        else:
-            matrices.append(p)
-    optimizers = [torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=config.weight_decay),
-         dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95), eps=1e-8, fused=True)]
-    if hidden:  # its steps are as large as AdamW's of the same lr (arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(hidden, weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+def last_rate(config: TrainConfig) -> float:
+    return config.lr / 10 if config.min_lr is None else config.min_lr
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """A linear warm-up to lr, then half a cosine down to min_lr; step counts from 0."""
-    high = config.lr
-    if high is None:  # vanilla's best in a sweep
-        high = 1.6e-2 if config.optimizer == "muon" else 8e-3
-    low = high / 10 if config.min_lr is None else config.min_lr
+    low, high = last_rate(config), config.lr
     if step < config.warmup_steps:
         return high * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -286,7 +244,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, data, config: TrainConfig, device, start_id) -> float:
+def evaluate(model, data, config: TrainConfig, device) -> float:
     """Mean loss, in nats per token, over windows evenly spread over data: each time the same, for
     the same eval_tokens, block_size and batch_size."""
     n = max(1, min(config.eval_tokens, len(data) - 1) // config.block_size)
@@ -297,10 +255,10 @@ def evaluate(model, data, config: TrainConfig, device, start_id) -> float:
     for i in range(0, n, config.batch_size):
         mine = starts[i:i + config.batch_size][RANK::WORLD]
         if len(mine) > 0:
-            _, loss = model(*windows(data, mine, config.block_size, device, start_id))
+            _, loss = model(*windows(data, mine, config.block_size, device))
             total += loss * len(mine)
-    average_over_processes([total])
-    return total.item() * WORLD / n
+    sum_over_processes([total])
+    return total.item() / n
 
 
 # -------------------------------------------------------------------------------------------------
@@ -310,11 +268,8 @@ def evaluate(model, data, config: TrainConfig, device, start_id) -> float:
 def pick_device(name: str) -> torch.device:
     """The device of --device; auto takes the fastest there is. UserError if it can't be used."""
     if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = "cpu" if accelerator is None else accelerator.type
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: one GPU for each process
     try:
@@ -342,16 +297,20 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
-def average_over_processes(tensors: list[torch.Tensor]):
-    """Replaces each tensor by its mean over all processes."""
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """What --compile means on this device."""
+    return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+
+
+def sum_over_processes(tensors: list[torch.Tensor]):
+    """Replaces each tensor by its sum over all processes."""
     if WORLD > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-            tensor /= WORLD
 
 
 # -------------------------------------------------------------------------------------------------
-# Checkpoints
+# The run's folder: checkpoint and log
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -382,24 +341,74 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     return ckpt
 
 
-def save(config: TrainConfig, meta, model, optimizers, scaler, history):
-    """Replaces the run's checkpoint and log, each as a whole."""
+def load_run(folder: Path):
+    """The model of a run, in float32 on the CPU, and its tokenizer. UserError if there is none."""
+    ckpt = load_checkpoint(folder / "ckpt.pt")
+    model = GPT(GPTConfig(**ckpt["model_config"]))
+    model.load_state_dict(ckpt["model"])
+    return model, get_tokenizer(ckpt["tokenizer"])
+
+
+def begin(config: TrainConfig, history: list[dict]):
+    """Makes the run's folder and a log of the steps in its checkpoint. For a new run, which has
+    none, --overwrite deletes the old one now."""
+    if RANK == 0:
+        if not history:
+            (run_folder(config) / "ckpt.pt").unlink(missing_ok=True)
+        (run_folder(config) / "log.jsonl").unlink(missing_ok=True)
+        write_log(config, history)
+
+
+def write_log(config: TrainConfig, history: list[dict]):
+    """Replaces the run's log, which has to begin as the old one; else that is another run's."""
+    path = run_folder(config) / "log.jsonl"
+    log = "".join(json.dumps(record) + "\n" for record in history)
+    if path.exists() and not log.startswith(path.read_text()):
+        raise UserError(f"{path} is of another run that writes into this folder, and is kept: give "
+                        "each run an --out_dir of its own")
+    with replace_file(path) as f:
+        f.write(log.encode())
+
+
+def check_finite(config: TrainConfig, history: list[dict]):
+    """UserError if the last step's loss is not finite. The log then tells how it came to that."""
+    last = history[-1]
+    if not math.isfinite(last["loss"] + last.get("val_loss", 0.0)):
+        if RANK == 0:
+            write_log(config, history)
+        raise UserError(f"step {last['step']}: the loss is not finite: try a lower --lr; the last "
+                        "checkpoint is as it was")
+
+
+def save(config: TrainConfig, meta, model, optimizer, scaler, history):
+    """Replaces the run's log and checkpoint, each as a whole."""
     if RANK > 0:
         return
+    write_log(config, history)
     with replace_file(run_folder(config) / "ckpt.pt") as f:
         torch.save(dict(model=model.state_dict(),
                         model_config=asdict(model.config),
                         tokenizer=meta["tokenizer"],
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                        optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(),  # empty unless the run is in float16
                         history=history,  # its length is the step to go on with
                         config=asdict(config),
                         data_sha256=meta["sha256"]), f)
-    with replace_file(run_folder(config) / "log.jsonl") as f:
-        f.writelines(json.dumps(record).encode() + b"\n" for record in history)
 
 
-def restore(config: TrainConfig, meta, model, optimizers, scaler) -> list[dict]:
+def identity(config: TrainConfig) -> dict:
+    """What a resumed run must share, whichever way it was said: defaults are worked out, and a
+    step's sequences are those of all its forward passes."""
+    c = model_config(config, vocab_size=257)
+    flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
+             if f.name not in (*PLACE, *FREE, "dataset", "grad_accum")}
+    return flags | dict(batch_size=config.batch_size * config.grad_accum,
+                        min_lr=last_rate(config), n_kv_head=c.kv_heads, n_ffn=c.ffn_size,
+                        neutreno_lambda=c.neutreno_weight,
+                        residual_layers=[n for n in range(1, c.n_layer + 1) if mixes_v1(c, n)])
+
+
+def restore(config: TrainConfig, meta, model, optimizer, scaler) -> list[dict]:
     """Loads the run's checkpoint, if there is one, and returns its history. UserError without
     --resume, or if it is another run's. A flag that is newer than the run has its default there.
     All processes read it: several machines need a disk that all of them see."""
@@ -411,16 +420,17 @@ def restore(config: TrainConfig, meta, model, optimizers, scaler) -> list[dict]:
     ckpt = load_checkpoint(folder / "ckpt.pt", model.lm_head.weight.device)
     if ckpt["data_sha256"] != meta["sha256"]:
         raise UserError(f"--dataset {config.dataset} is not what the run in {folder} has read")
-    for f in fields(TrainConfig):
-        now, then = getattr(config, f.name), ckpt["config"].get(f.name, f.default)
-        if f.name not in (*PLACE, *FREE, "dataset") and now != then:
-            raise UserError(f"--{f.name} is {now}, but the run in {folder} has {then}")
+    known = {f.name for f in fields(TrainConfig)} & ckpt["config"].keys()
+    then = identity(TrainConfig(**{name: ckpt["config"][name] for name in known}))
+    for name, value in identity(config).items():
+        if value != then[name]:
+            raise UserError(f"--{name} is {value}, but the run in {folder} has {then[name]}"
+                            + " (times --grad_accum)" * (name == "batch_size"))
     if len(ckpt["history"]) > config.max_steps:
         raise UserError(f"--max_steps {config.max_steps}: the run in {folder} has "
                         f"{len(ckpt['history'])} steps")
     model.load_state_dict(ckpt["model"])
-    for optimizer, state in zip(optimizers, ckpt["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
+    optimizer.load_state_dict(ckpt["optimizer"])
     if ckpt["scaler"]:
         scaler.load_state_dict(ckpt["scaler"])
     return ckpt["history"]
