@@ -2,9 +2,9 @@
 cache, attention and a task side by side. And a look into the attention of any trained model.
 
     python bench.py                      ten systems x three seeds, one to two hours on two cores
-    python bench.py --quick              the same tables in 5 minutes, too noisy to conclude from
     python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --out_dir out/lambda
     python bench.py --parts cache --contexts 2048 65536
+    python bench.py --seeds 1 --max_steps 100      minutes, too noisy to conclude from
     python bench.py --show out/bench     what was measured before; several folders: one table
     python bench.py --look out/resformer HuggingFaceTB/SmolLM2-135M    attention, layer by layer
 
@@ -22,6 +22,7 @@ import math
 import platform
 import re
 import shutil
+import textwrap
 import time
 from dataclasses import dataclass, field, fields, replace
 from itertools import cycle
@@ -39,8 +40,6 @@ from train import (PLACE, WORLD, TrainConfig, check, compiles, load_checkpoint, 
 
 SYSTEMS = (*VARIANTS, "svformer+gqa", "cla+gqa")
 PARTS = ("loss", "cache")
-QUICK = dict(out_dir="out/quick", seeds=(1,), max_steps=80, warmup_steps=20, eval_every=20,
-             eval_tokens=16384, questions=400)
 
 # What a variant may set for itself: its model and its optimizer. All else is shared.
 OWN_FLAGS = {f.name for f in fields(GPTConfig)} - {"vocab_size", "block_size"}
@@ -60,7 +59,6 @@ class BenchConfig(TrainConfig):
                         choices=PARTS)
     questions: int = flag(4000, "questions of the task", at_least=1)
     contexts: tuple = flag((128, 4096), "tokens in the cache", nargs="+", at_least=1)
-    quick: bool = flag(False, "one seed, 80 steps, in out/quick: minutes, and noise")
     show: tuple | None = flag(None, "measure nothing, print and draw what these folders hold",
                               nargs="+")
     look: tuple | None = flag(None, "train nothing, look into these models: folders of runs, names "
@@ -251,6 +249,11 @@ def machine_name(device: torch.device) -> str:
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
 
+def first_of(table: dict):
+    """A table's first variant, a variant's first record."""
+    return next(iter(table.values()))
+
+
 def interval(values: list[float]) -> float:
     """Half the 95% interval of the mean of at least two values; a little too wide for over 16."""
     t = T95[min(len(values), len(T95) + 1) - 2]
@@ -291,7 +294,7 @@ def deeper_half(record: dict, measure: str) -> float:
 
 def print_table(title: str, rows: dict, corner: str = "variant"):
     """rows: {the row's name: {header: cell}}, the headers of all rows alike."""
-    lines = [[corner, *next(iter(rows.values()))]]
+    lines = [[corner, *first_of(rows)]]
     lines += [[str(name), *row.values()] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -302,12 +305,12 @@ def print_table(title: str, rows: dict, corner: str = "variant"):
 
 def print_results(table: dict):
     name, first = next(iter(table.items()))
-    one = next(iter(first.values()))
+    one = first_of(first)
     steps = [step for step, _ in one["val_curve"]]
     shown = np.linspace(0, len(steps) - 1, 5).astype(int)  # five evaluations, the last among them
     losses, curves, deeper = {}, {}, {}
     for variant, runs in table.items():
-        record = next(iter(runs.values()))
+        record = first_of(runs)
         losses[variant] = {
             "seeds": f"{len(runs)}",
             "validation loss": cell(runs, first, last_loss, 4),
@@ -329,7 +332,7 @@ def print_results(table: dict):
     print_table("Attention in the deeper half of the layers (mean; for importance, the largest of "
                 f"all layers); {minus}", deeper)
     for variant, runs in table.items():
-        layers = next(iter(runs.values()))["value_lambdas"]
+        layers = first_of(runs)["value_lambdas"]
         if layers and ("--value_residual" in variant or one["flags"]["value_residual"] != "fixed"):
             print(f"\n{variant}: weights of V_1 and V_n by layer, means over the seeds")
             for n in layers:
@@ -385,12 +388,12 @@ COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "gold", "n
           "teal")
 
 
-def new_figure(title: str, height: float):
-    """A figure of so many inches, whose letters can be read at the width of a page."""
+def new_figure(title: str, lines: int):
+    """A figure as high as so many lines, whose letters can be read at the width of a page."""
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams["font.size"] = 12
-    figure = Figure(figsize=(13, height), layout="constrained")
+    figure = Figure(figsize=(13, 3.5 + 0.35 * lines), layout="constrained")
     figure.suptitle(title)
     return figure
 
@@ -403,14 +406,16 @@ def pick_colors(variants) -> dict:
     return {variant: colors.get(variant) or next(free) for variant in variants}
 
 
-def draw_dots(ax, rows: list):
-    """rows of (y, the differences of all seeds, colour): their mean and its interval."""
-    for y, gaps, color in rows:
+def draw_dots(ax, labels: list, dots: list):
+    """A row a label, with dots of (row, the differences of all seeds, colour): each seed's small,
+    the mean with its interval."""
+    for y, gaps, color in dots:
         bar = interval(gaps) if len(gaps) > 1 else None
         ax.plot(gaps, [y] * len(gaps), ".", color=color, alpha=0.3)
         ax.errorbar(np.mean(gaps), y, xerr=bar, fmt="o", capsize=4, color=color)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.invert_yaxis()
     ax.locator_params(axis="x", nbins=5)
 
 
@@ -418,32 +423,34 @@ def draw_loss(table: dict):
     """Left, a row a variant: its loss minus the first's, and its share of the cache. Right: the
     same against steps."""
     name, first = next(iter(table.items()))
-    one = next(iter(first.values()))
-    gaps, share = {}, {}  # gaps: {variant: (seeds, evaluations)}
+    one = first_of(first)
+    gaps, share, words = {}, {}, {}  # gaps: {variant: (seeds, evaluations)}
     for variant, runs in table.items():
         curves = differences(runs, first, lambda r: np.array(r["val_curve"])[:, 1])
         if not curves:
             print(f"\nnot drawn, no seed in common with {name}: {variant}")
             continue
         gaps[variant] = np.array(curves)
-        share[variant] = next(iter(runs.values()))["cache_bytes"] / one["cache_bytes"]
+        share[variant] = first_of(runs)["cache_bytes"] / one["cache_bytes"]
+        words[variant] = textwrap.fill(variant, 28, break_on_hyphens=False)
     colors, minus = pick_colors(gaps), f"loss minus {name}'s, nats per token"
     figure = new_figure(f"{describe_run(one)}, {len(first)} seed{'s' * (len(first) > 1)}",
-                        3.5 + 0.35 * len(gaps))
+                        len("\n".join(words.values()).splitlines()))
     left, right = figure.subplots(1, 2)
 
     by_loss = sorted(gaps, key=lambda variant: gaps[variant][:, -1].mean())
     rows = sorted(by_loss, key=share.get)  # of equal caches the best comes first
-    draw_dots(left, [(y, gaps[v][:, -1], colors[v]) for y, v in enumerate(rows)])
-    left.set_yticks(range(len(rows)), [f"{v}  {share[v]:.0%}" for v in rows])
-    left.set(title="after the last step; KV cache in %",
+    draw_dots(left, [f"{words[variant]}  {share[variant]:.0%}" for variant in rows],
+              [(y, gaps[variant][:, -1], colors[variant]) for y, variant in enumerate(rows)])
+    left.set(title=f"after the last step (%: KV cache of {name}'s)",
              xlabel=f"{minus}\n(left is better; bars: 95% intervals)")
 
     steps = [step for step, _ in one["val_curve"]]
     for variant in reversed(by_loss):  # the legend has the order of the last values
         if len(gaps) <= 5:
             right.plot(steps, gaps[variant].T, color=colors[variant], linewidth=0.5, alpha=0.4)
-        right.plot(steps, gaps[variant].mean(axis=0), ".-", color=colors[variant], label=variant)
+        right.plot(steps, gaps[variant].mean(axis=0), ".-", color=colors[variant],
+                   label=words[variant])
     right.set(title="as training goes on", xlabel="steps", xlim=(0, steps[-1]), ylabel=minus)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
@@ -451,10 +458,10 @@ def draw_loss(table: dict):
 
 def draw_attention(table: dict):
     """Four of MEASURES by layer, of runs or of models that were looked into."""
-    one = next(iter(next(iter(table.values())).values()))
+    one = first_of(first_of(table))
     T, colors = one["flags"]["block_size"], pick_colors(table)
     figure = new_figure(describe_run(one) if "val_curve" in one else
-                        f"{WINDOWS} windows of {T} tokens of text", 9)
+                        f"by layer, in {WINDOWS} windows of {T} tokens", lines=16)
     for ax, (measure, level) in zip(figure.subplots(2, 2).flat, even(T).items()):
         for variant, runs in table.items():
             seeds = np.array([record["attention"][measure] for record in runs.values()])
@@ -475,23 +482,22 @@ def draw_attention(table: dict):
 
 def draw_overview(tables: dict):
     """A forest plot: a row an experiment, and in it a dot and its interval a variant."""
-    name = next(iter(next(iter(tables.values()))))
+    name = next(iter(first_of(tables)))
     variants = list(dict.fromkeys(variant for table in tables.values() for variant in table))
     colors, dots, labels = pick_colors(variants), [], []
     for row, (folder, table) in enumerate(tables.items()):
-        labels.append(f"{folder}\n{what_differs(next(iter(table[name].values())))}")
+        labels.append(f"{folder}\n{textwrap.fill(what_differs(first_of(table[name])), 40)}")
         for i, variant in enumerate(variants[1:], start=1):
             gaps = differences(table.get(variant, {}), table[name], last_loss)
             if gaps:
                 dots.append((row - 0.4 + 0.8 * i / len(variants), gaps, colors[variant]))
-    figure = new_figure(f"Validation loss minus {name}'s, nats per token (bars: 95% intervals)",
-                        2 + 0.65 * len(tables))
+    figure = new_figure(f"Validation loss minus {name}'s, nats per token (left is better)",
+                        len("\n".join(labels).splitlines()))
     ax = figure.subplots()
-    draw_dots(ax, dots)
+    draw_dots(ax, labels, dots)
     for variant in variants[1:]:
         ax.plot([], [], "o", color=colors[variant], label=variant)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set(xlabel="left is better")
+    ax.set(xlabel="small dots: seeds; bars: 95% intervals of their mean")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 
@@ -515,11 +521,9 @@ def read_records(folder: Path) -> list[dict]:
     path, records = folder / "results.jsonl", []
     for i, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
-            record = json.loads(line)
-            record["flags"], record["variant"], record["seed"]
-        except (ValueError, KeyError, TypeError):
+            records.append(json.loads(line))
+        except ValueError:  # a process was killed while it wrote it
             raise UserError(f"{path}, line {i} can't be read: delete it") from None
-        records.append(record)
     return records
 
 
@@ -697,8 +701,6 @@ def main():
         return
     if config.text is not None:
         raise UserError("--text is what --look reads: it has no effect without it")
-    if config.quick:
-        config = replace(config, **{k: v for k, v in QUICK.items() if k not in given})
     runs = list_runs(config)
     if "cache" in config.parts:
         print_caches(runs, config.contexts)

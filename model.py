@@ -310,7 +310,7 @@ class GPT(nn.Module):
         # Where embeddings are tied, lm_head's are among these too.
         weights = {key.removeprefix("model."): p for key, p in llama.state_dict().items()}
         other = sorted(weights.keys() ^ model.state_dict().keys())
-        require(not other, f"{name}: {', '.join(other[:1])} is in one of the two models alone")
+        require(not other, f"{name} has other weights than this model: {', '.join(other[:3])}")
         model.load_state_dict(weights)
         # A net under all checks: both must say the same of a few random tokens.
         T = min(64, model.config.block_size)

@@ -257,6 +257,7 @@ class DataConfig:
 
 def prepare(config: DataConfig) -> Path:
     """Writes a data set and returns its folder. UserError if that can't be done."""
+    check_values(config)
     name = source = dataset = config.dataset
     if dataset not in NAMED:
         path = Path(dataset).resolve()

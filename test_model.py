@@ -451,6 +451,12 @@ def web(folder, monkeypatch):
     return folder / "web"
 
 
+def test_values_that_no_flag_takes_are_refused_when_data_is_prepared_too(folder):
+    for changes in (dict(shards=0), dict(shards=1.5), dict(tokenizer="word")):
+        with pytest.raises(UserError, match=f"^--{list(changes)[0]} must be"):
+            prepare(DataConfig("fineweb", **changes))
+
+
 def test_gpt2_tokens(folder):
     try:
         tokenizer = get_tokenizer("gpt2")
