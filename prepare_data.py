@@ -192,7 +192,7 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
         top, pattern = Path(sysconfig.get_path("stdlib")), "*.py"
         left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     elif dataset == "shakespeare":
-        top = fetch(SHAKESPEARE_URL, out / "input.txt")
+        top = fetch(SHAKESPEARE_URL, out / "shakespeare.txt")
         if hashlib.sha256(top.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
             top.unlink()
             raise UserError(f"{SHAKESPEARE_URL} isn't tiny Shakespeare: its SHA-256 differs")
