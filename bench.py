@@ -4,7 +4,7 @@ cache, attention and a task side by side. And a look into the attention of any t
     python bench.py                      ten systems x three seeds, one to two hours on two cores
     python bench.py --variants vanilla resformer "resformer --value_lambda 2 1" --out_dir out/lambda
     python bench.py --parts cache --contexts 2048 65536
-    python bench.py --seeds 1 --max_steps 100      minutes, too noisy to conclude from
+    python bench.py --seeds 1 --max_steps 100 --out_dir out/short      minutes, and noise
     python bench.py --show out/bench     what was measured before; several folders: one table
     python bench.py --look out/resformer HuggingFaceTB/SmolLM2-135M    attention, layer by layer
 
@@ -59,10 +59,11 @@ class BenchConfig(TrainConfig):
                         choices=PARTS)
     questions: int = flag(4000, "questions of the task", at_least=1)
     contexts: tuple = flag((128, 4096), "tokens in the cache", nargs="+", at_least=1)
-    show: tuple | None = flag(None, "measure nothing, print and draw what these folders hold",
-                              nargs="+")
+    show: tuple | None = flag(None, "measure nothing: print and draw what this folder holds (with "
+                              "--variants: print), or of several --variants in one table, and "
+                              "overview.png beside them", nargs="+")
     look: tuple | None = flag(None, "train nothing, look into these models: folders of runs, names "
-                              "on Hugging Face, .gguf files", nargs="+")
+                              "on Hugging Face, .gguf files; replaces an earlier look", nargs="+")
     text: tuple | None = flag(None, "look: files that the models read (this Python's argparse.py), "
                               "in windows of --block_size tokens (256)", nargs="+")
     out_dir: str = flag("out/bench", "the folder of the experiment; for --look out/look")
@@ -149,9 +150,9 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
 def describe(importance: torch.Tensor, first: torch.Tensor, values: torch.Tensor,
              hidden: torch.Tensor) -> dict:
     """MEASURES of a layer. importance (T,): the attention that each token gets, averaged over heads
-    and queries (arXiv 2410.17897, eq. 11). first (nh,): what the queries but the first's own pay
-    the first token. values (T, nkv * hs): those that attention uses, V_n mixed with V_1 where it
-    is. hidden (T, C): what the block gives.
+    and queries (arXiv 2410.17897, eq. 11). first (nh,): what each head's queries after the first
+    pay the first token. values (T, nkv * hs): those that attention uses, V_n mixed with V_1 where
+    it is. hidden (T, C): what the block gives.
 
     "eigenvalue" is the largest of (1/T) sum v v^T (eq. 12), which grows with the values' norm.
     "rank" does not: exp of the entropy of the spectrum's shares."""
@@ -340,19 +341,32 @@ def print_results(table: dict):
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
 
 
+# What flags that were taken back, and flags without a value, meant in records of commit 1f14dec.
+THEN = dict(size="small", n_layer=8, n_head=4, n_embd=64, optimizer="adamw", start_token=False)
+
+
+def flags_of(record: dict) -> dict:
+    flags = {name: THEN.get(name) if value is None else value
+             for name, value in record["flags"].items()}
+    if flags["lr"] is None:
+        flags["lr"] = 8e-3 if flags["optimizer"] == "adamw" else 1.6e-2
+    return flags
+
+
 def describe_run(record: dict) -> str:
     """What was trained, in words."""
-    flags, steps = record["flags"], record["val_curve"][-1][0]
+    flags, steps = flags_of(record), record["val_curve"][-1][0]
     tokens = steps * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    return (f"{len(record['attention']['rank'])} layers, width {flags['n_embd'] or 64}, "
-            f"{steps:,} steps, {tokens / 1e6:.1f}M tokens of {flags['dataset']}")
+    return (f"{len(record['attention']['rank'])} layers, width {flags['n_embd']}, {steps:,} steps, "
+            f"{tokens / 1e6:.1f}M tokens of {flags['dataset']}")
 
 
 def what_differs(record: dict) -> str:
     """The flags of an experiment that are not today's defaults."""
-    names = {f.name for f in fields(TrainConfig)} - {*PLACE, "seed", "eval_every", "eval_tokens"}
-    words = [f"{name} {value}" for name, value in record["flags"].items() if name in names
-             and json.dumps(value) not in ("null", json.dumps(getattr(TrainConfig, name)))]
+    usual = THEN | {f.name: f.default for f in fields(BenchConfig)}
+    words = [f"{name} {value}" for name, value in flags_of(record).items()
+             if name not in ("eval_every", "eval_tokens", "questions", "device", "dtype")
+             and value is not None and json.dumps(value) != json.dumps(usual[name])]
     return ", ".join(words) or "the defaults"
 
 
@@ -369,8 +383,8 @@ def print_look(table: dict):
 
 
 def print_caches(runs: dict, contexts: tuple):
-    # One token, without storage; the vocabulary does not matter.
-    sizes = {variant: KVCache(model_config(run, vocab_size=257), 1, 1, "meta").nbytes
+    # One token, without storage.
+    sizes = {variant: KVCache(model_config(run), 1, 1, "meta").nbytes
              for variant, run in runs.items()}
     name, whole = next(iter(sizes.items()))
     rows = {}
@@ -486,9 +500,11 @@ def draw_overview(tables: dict):
     variants = list(dict.fromkeys(variant for table in tables.values() for variant in table))
     colors, dots, labels = pick_colors(variants), [], []
     for row, (folder, table) in enumerate(tables.items()):
-        labels.append(f"{folder}\n{textwrap.fill(what_differs(first_of(table[name])), 40)}")
+        first = table[name]
+        labels.append(f"{folder}, {len(first)} seeds\n"
+                      + textwrap.fill(what_differs(first_of(first)), 40))
         for i, variant in enumerate(variants[1:], start=1):
-            gaps = differences(table.get(variant, {}), table[name], last_loss)
+            gaps = differences(table.get(variant, {}), first, last_loss)
             if gaps:
                 dots.append((row - 0.4 + 0.8 * i / len(variants), gaps, colors[variant]))
     figure = new_figure(f"Validation loss minus {name}'s, nats per token (left is better)",
@@ -573,7 +589,7 @@ def measure(runs: dict, config: BenchConfig, device):
         run = replace(runs[variant], seed=seed, out_dir=out_dir)
         try:
             numbers = measure_run(run, config.questions)
-        except UserError as error:  # a loss that is not finite: the others go on
+        except UserError as error:  # a loss that is not finite, most likely: the others go on
             print(f"not measured: {error}")
             continue
         record = dict(variant=variant, seed=seed, flags=shared) | making | numbers
@@ -582,12 +598,12 @@ def measure(runs: dict, config: BenchConfig, device):
         shutil.rmtree(out_dir)
 
 
-def show(folder: Path, variants: tuple | None):
-    """Prints and draws the variants (None: all) against the first of them. Needs no data and trains
-    nothing. UserError if there is nothing to show."""
+def show(folder: Path, variants: tuple | None, figures: bool):
+    """Prints the variants (None: all) against the first of them, and may draw the same. Needs no
+    data and trains nothing. UserError if there is nothing to show."""
     table = read_table(folder, variants)
     if not table:
-        raise UserError(f"{folder}/results.jsonl has no runs to show")
+        raise UserError(f"{folder}/results.jsonl has no runs of {', '.join(variants or ('any',))}")
     missing = [variant for variant in variants or () if variant not in table]
     if missing:
         print(f"no runs of {', '.join(missing)} in {folder}")
@@ -596,14 +612,15 @@ def show(folder: Path, variants: tuple | None):
         kinds = sorted({str(record.get(name)) for record in records})
         if len(kinds) > 1:
             print(f"\nWARNING: {name} is not the same for all of these runs: {' | '.join(kinds)}")
-    figures = {"attention.png": (draw_attention, table)}
+    drawn = {"attention.png": (draw_attention, table)}
     if "val_curve" in records[0]:
         print_results(table)
-        figures["loss.png"] = (draw_loss, table)
+        drawn["loss.png"] = (draw_loss, table)
     else:
         print_look(table)
     print("\n" + "\n".join(f"{name}: {meaning}" for name, (meaning, _) in MEASURES.items()))
-    save_figures(folder, figures)
+    if figures:
+        save_figures(folder, drawn)
 
 
 def show_overview(folders: list[Path], variants: tuple):
@@ -612,15 +629,16 @@ def show_overview(folders: list[Path], variants: tuple):
     name, tables, rows = variants[0], {}, {}
     for folder in folders:
         table = read_table(folder, variants) if folder.is_dir() else {}
-        first = table.get(name, {})
-        if len(table) < 2 or not all("val_curve" in record for record in first.values()):
+        first, place = table.get(name), folder.as_posix()
+        if not first or len(table) < 2 or "val_curve" not in first_of(first):
+            print(f"passed over: {place}")
             continue
-        tables[folder.name] = table
+        tables[place] = table
         losses = [last_loss(record) for record in first.values()]
-        rows[folder.name] = {"seeds": f"{len(first)}", name: f"{np.mean(losses):.4f}"}
+        rows[place] = {"seeds": f"{len(first)}", name: f"{np.mean(losses):.4f}"}
         for variant in variants[1:]:
             gaps = differences(table.get(variant, {}), first, last_loss)
-            rows[folder.name][variant] = with_interval(gaps, 4) if gaps else ""
+            rows[place][variant] = with_interval(gaps, 4) if gaps else ""
     if not tables:
         raise UserError(f"--show: in none of these folders are runs of {name} and another variant")
     print_table(f"Validation loss, nats per token: {name}'s, then the others' minus it ± the 95% "
@@ -644,7 +662,7 @@ def open_model(name: str):
         model = GPT.from_pretrained(name)
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(**pretrained_source(name))
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"--look {name}: {error}") from None
     return model, lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
@@ -657,9 +675,11 @@ def look(config: BenchConfig, folder: Path, T: int, device):
     for ckpt in (Path(name, "ckpt.pt") for name in config.look):
         if ckpt.exists():
             T = min(T, load_checkpoint(ckpt)["model_config"]["block_size"])
-    lines = []
+    records = {}
     for name in config.look:
         model, encode = open_model(name)  # one at a time is in memory
+        if T > model.config.block_size:
+            raise UserError(f"--block_size {T}: {name} reads at most {model.config.block_size}")
         model.to(device).requires_grad_(False)
         for text in config.text or (argparse.__file__,):
             ids = np.array(encode(Path(text).read_bytes().decode("utf-8", errors="replace")))
@@ -670,11 +690,14 @@ def look(config: BenchConfig, folder: Path, T: int, device):
             x, y = windows(ids, starts, T, device)  # (WINDOWS, T) each
             losses = [model(*pair)[1].item() for pair in zip(x.split(1), y.split(1))]
             label = Path(name).stem if name.endswith(".gguf") else name
-            record = dict(variant=f"{label} on {Path(text).name}", seed=0, flags=dict(block_size=T),
-                          loss=float(np.mean(losses)), attention=look_at_attention(model, x))
-            lines.append(json.dumps(record | about(device)) + "\n")
+            label += f" on {Path(text).name}"
+            if label in records:
+                raise UserError(f"--look: there are two of '{label}'")
+            records[label] = dict(variant=label, seed=0, flags=dict(block_size=T),
+                                  loss=float(np.mean(losses)), **about(device),
+                                  attention=look_at_attention(model, x))
     with replace_file(folder / "results.jsonl") as f:
-        f.write("".join(lines).encode())
+        f.writelines(json.dumps(record).encode() + b"\n" for record in records.values())
 
 
 def main():
@@ -688,8 +711,8 @@ def main():
     variants = config.variants if "variants" in given else None
     if config.show is not None:
         folders = [Path(folder) for folder in config.show]
-        if len(folders) == 1:
-            show(folders[0], variants)
+        if len(folders) == 1:  # some of the variants: a table, but no other picture of the folder
+            show(folders[0], variants, figures=variants is None)
         else:
             show_overview(folders, config.variants)
         return
@@ -697,7 +720,7 @@ def main():
     if config.look is not None:
         folder = Path(config.out_dir if "out_dir" in given else "out/look")
         look(config, folder, config.block_size if "block_size" in given else 256, device)
-        show(folder, None)
+        show(folder, None, figures=True)
         return
     if config.text is not None:
         raise UserError("--text is what --look reads: it has no effect without it")
@@ -706,9 +729,9 @@ def main():
         print_caches(runs, config.contexts)
     if "loss" in config.parts:
         measure(runs, config, device)
-        show(Path(config.out_dir), config.variants)
+        show(Path(config.out_dir), config.variants, figures=True)
 
 
 if __name__ == "__main__":
-    with one_line_errors("stopped; the same command goes on, if without --overwrite"):
+    with one_line_errors("stopped; training goes on with the same command without --overwrite"):
         main()

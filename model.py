@@ -127,10 +127,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, below, first, lambdas, cache):
         """x (B, T, C) -> what attention adds to it, (B, T, C), and the K and V that it attended to.
 
-        rope: cos and sin, (T, hs / 2). mask: (T, S), True where a query sees a key, or None, see
-        below. below, first: the K and V, each (B, nkv, S, hs), that the layer below and layer 1
-        attended to. lambdas: this layer's weights of V_1 and V_n, or None. cache: a KVCache to
-        append to, or None.
+        rope: cos and sin, (T, hs / 2). mask: (T, S), True where a query sees a key, or None where
+        it needs none (at the call of attention). below and first: the K and V, (B, nkv, S, hs)
+        each, that the layer below and layer 1 attended to. lambdas: this layer's weights of V_1 and
+        V_n, or None. cache: a KVCache to append to, or None.
         """
         c, n, T = self.config, self.n, x.size(1)
         k, v = below
@@ -298,7 +298,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str):
         """A Llama of Hugging Face (its name there, or a folder) or of a .gguf file, as a GPT in
         float32. OSError if it isn't there, ImportError for lack of transformers, ValueError if
-        this class cannot say what that model does."""
+        this class cannot express that model."""
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
@@ -312,7 +312,7 @@ class GPT(nn.Module):
         other = sorted(weights.keys() ^ model.state_dict().keys())
         require(not other, f"{name} has other weights than this model: {', '.join(other[:3])}")
         model.load_state_dict(weights)
-        # A net under all checks: both must say the same of a few random tokens.
+        # In case a check is missing: both must give the same logits for a few random tokens.
         T = min(64, model.config.block_size)
         stream = torch.Generator().manual_seed(0)
         idx = torch.randint(model.config.vocab_size, (1, T), generator=stream)
@@ -418,8 +418,7 @@ class GPT(nn.Module):
 
 
 def pretrained_source(name: str) -> dict:
-    """What `from_pretrained` of transformers' classes is to be given. No code of a model's is run.
-    """
+    """What transformers' from_pretrained is to be given; a model's own code is never run."""
     source = dict(pretrained_model_name_or_path=name, trust_remote_code=False)
     if name.endswith(".gguf"):
         path = Path(name)
@@ -430,7 +429,9 @@ def pretrained_source(name: str) -> dict:
 def llama_config(c) -> GPTConfig:
     """A configuration of transformers as one of ours; ValueError if the two models differ."""
     rope = getattr(c, "rope_parameters", None) or {}
-    require("rope_theta" in rope and hasattr(c, "rms_norm_eps"), f"{c.model_type} is no Llama")
+    needed = ("rms_norm_eps", "hidden_act", "num_key_value_heads", "intermediate_size")
+    require("rope_theta" in rope and all(hasattr(c, name) for name in needed),
+            f"{c.model_type} is no Llama, or transformers is older than 5")
     require(rope["rope_type"] == "default", f"rope scaling of type {rope['rope_type']}")
     require(c.hidden_act == "silu", f"hidden_act {c.hidden_act}: SwiGLU has silu")
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -486,7 +487,8 @@ def require(condition: bool, message: str):
 
 
 def check_config(c: GPTConfig):
-    """ValueError that begins with the field's name, where a model would be none or another one."""
+    """ValueError that begins with the field's name, if no such model can be built or the field
+    would have no effect."""
     said = f"attention '{c.attention}'"
     for name in c.variants:
         require(name in VARIANTS, f"{said}: choose from {', '.join(VARIANTS)}, or join some of "

@@ -94,19 +94,22 @@ def parse_flags(cls, description: str, argv=None):
 
 
 def check_values(config):
-    """UserError if a field of config has a value that its flag does not take: another type than
-    the flag's (an int is a float too), none of its choices, or too low a number."""
+    """UserError if a field of config has a value that its flag does not take: of another type (an
+    int is a float too), none of its choices, no finite number, or too low a one."""
     for f in fields(config):
-        value, low = getattr(config, f.name), f.metadata.get("at_least")
+        value, low = getattr(config, f.name), f.metadata.get("at_least", -math.inf)
         if "help" not in f.metadata or (value is None and f.default is None):
             continue  # it is no flag, or has no value
-        kind = f.metadata.get("type", bool)
-        for item in value if isinstance(value, tuple) else (value,):
+        kind, several = f.metadata.get("type", bool), f.metadata.get("nargs", "?") != "?"
+        if isinstance(value, tuple) != several:
+            raise UserError(f"--{f.name} must be {'a tuple' if several else 'one value'}, "
+                            f"not {value!r}")
+        for item in value if several else (value,):
             if type(item) not in ((int, float) if kind is float else (kind,)):
                 raise UserError(f"--{f.name} must be of type {kind.__name__}, not {item!r}")
             if item not in f.metadata.get("choices", (item,)):
                 raise UserError(f"--{f.name} must be one of {f.metadata['choices']}, not {item!r}")
-            if low is not None and not low <= item < math.inf:
+            if kind in (int, float) and not (low <= item and math.isfinite(item)):
                 raise UserError(f"--{f.name} must be a finite number of at least {low}, not {item}")
 
 
@@ -205,7 +208,8 @@ def find_texts(dataset: str, out: Path) -> list[Path]:
 
 
 def read_texts(dataset: str, files: list[Path]) -> tuple[list[str], list[str]]:
-    """The texts to train and to validate on. Files without UTF-8 text are left out, and said.
+    """The texts to train and to validate on. Files that are no UTF-8 text are left out and counted,
+    the first three by name.
     Every tenth text is for validation (the last one, if there are fewer than ten), or the last
     tenth of the characters of a single one. UserError if there is too little text."""
     texts, left_out = [], []
@@ -275,7 +279,7 @@ def prepare(config: DataConfig) -> Path:
         name += f"-{tokens}"
     out, tokenizer = Path("data", name), get_tokenizer(tokens)
     meta = out / "meta.json"
-    if meta.exists() and json.loads(meta.read_bytes())["source"] != source:
+    if meta.exists() and read_meta(meta).get("source") != source:
         raise UserError(f"{out} holds data from elsewhere: delete or move it first")
 
     if dataset == "fineweb":
@@ -317,6 +321,14 @@ META = dict(tokenizer=str, vocab_size=int, train_tokens=int, val_tokens=int, val
             sha256=str)
 
 
+def read_meta(path: Path) -> dict:
+    """What a meta.json says: nothing, if it is cut."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+
+
 def load(dataset: str):
     """(train ids, val ids, meta) of a name under data/, or of a folder: two read-only uint16 arrays
     on disk, and what meta.json says. UserError if they aren't there or aren't whole."""
@@ -326,13 +338,11 @@ def load(dataset: str):
     path = folder / "meta.json"
     if not path.is_file():
         raise UserError(f"--dataset {dataset} isn't there yet: prepare_data.py makes it")
-    try:
-        meta = json.loads(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is no JSON: prepare the data again") from None
+    meta = read_meta(path)
     for name, kind in META.items():
         if type(meta.get(name)) is not kind:
-            raise UserError(f"{path} has no {name} of type {kind.__name__}: prepare the data again")
+            raise UserError(f"{path} has no {name} of type {kind.__name__}: delete {folder}, and "
+                            "prepare the data again")
     arrays = []
     for part in ("train", "val"):
         path, n = folder / f"{part}.bin", meta[f"{part}_tokens"]

@@ -92,10 +92,10 @@ def check(config: TrainConfig):
         raise UserError(f"--batch_size {config.batch_size} must divide by the {WORLD} processes")
     if config.resume and config.overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
-    model_config(config, vocab_size=257)
+    model_config(config)
 
 
-def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+def model_config(config: TrainConfig, vocab_size: int = 257) -> GPTConfig:
     """The model of a run: each field of GPTConfig that is also a flag."""
     # Matrix units like multiples of 64; GPT-2's 50,257 becomes 50,304 with ids that never occur.
     size = vocab_size if vocab_size < 1000 else math.ceil(vocab_size / 64) * 64
@@ -350,8 +350,8 @@ def load_run(folder: Path):
 
 
 def begin(config: TrainConfig, history: list[dict]):
-    """Makes the run's folder and a log of the steps in its checkpoint. For a new run, which has
-    none, --overwrite deletes the old one now."""
+    """Makes the run's folder and a log of the steps in its checkpoint. A run that starts at step 1
+    has none: what --overwrite gives up is deleted."""
     if RANK == 0:
         if not history:
             (run_folder(config) / "ckpt.pt").unlink(missing_ok=True)
@@ -360,7 +360,8 @@ def begin(config: TrainConfig, history: list[dict]):
 
 
 def write_log(config: TrainConfig, history: list[dict]):
-    """Replaces the run's log, which has to begin as the old one; else that is another run's."""
+    """Replaces the run's log. If the new one does not start with the old one's lines, the old one
+    is another run's, and that is a UserError."""
     path = run_folder(config) / "log.jsonl"
     log = "".join(json.dumps(record) + "\n" for record in history)
     if path.exists() and not log.startswith(path.read_text()):
@@ -376,8 +377,8 @@ def check_finite(config: TrainConfig, history: list[dict]):
     if not math.isfinite(last["loss"] + last.get("val_loss", 0.0)):
         if RANK == 0:
             write_log(config, history)
-        raise UserError(f"step {last['step']}: the loss is not finite: try a lower --lr; the last "
-                        "checkpoint is as it was")
+        raise UserError(f"step {last['step']}: the loss is not finite: try a lower --lr; a "
+                        "checkpoint, if there is one, is as it was")
 
 
 def save(config: TrainConfig, meta, model, optimizer, scaler, history):
@@ -399,7 +400,7 @@ def save(config: TrainConfig, meta, model, optimizer, scaler, history):
 def identity(config: TrainConfig) -> dict:
     """What a resumed run must share, whichever way it was said: defaults are worked out, and a
     step's sequences are those of all its forward passes."""
-    c = model_config(config, vocab_size=257)
+    c = model_config(config)
     flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
              if f.name not in (*PLACE, *FREE, "dataset", "grad_accum")}
     return flags | dict(batch_size=config.batch_size * config.grad_accum,
@@ -418,6 +419,8 @@ def restore(config: TrainConfig, meta, model, optimizer, scaler) -> list[dict]:
     if not config.resume:
         raise UserError(f"{folder} holds a run: --resume goes on with it, --overwrite starts anew")
     ckpt = load_checkpoint(folder / "ckpt.pt", model.lm_head.weight.device)
+    if "optimizer" not in ckpt:
+        raise UserError(f"{folder} holds a run of an older train.py: --overwrite starts anew")
     if ckpt["data_sha256"] != meta["sha256"]:
         raise UserError(f"--dataset {config.dataset} is not what the run in {folder} has read")
     known = {f.name for f in fields(TrainConfig)} & ckpt["config"].keys()
