@@ -1384,6 +1384,7 @@ def test_from_data_to_text(folder, script):
     flags = (*as_flags(SMALL), "--attention=svformer", "--out_dir=my run")
     status, out, _ = script("train.py", *flags, "--max_steps=5")
     assert status == 0 and "nats per token" in out and "62% of vanilla's" in out
+    assert "parameters on cpu, 192 tokens a step, run in my run" in out
     assert 'sample.py --out_dir "my run"' in out  # can be pasted
     assert script("train.py", *flags, "--max_steps=7", "--resume")[0] == 0
     assert len(read_log("my run")) == 7
