@@ -341,21 +341,9 @@ def print_results(table: dict):
                 print(f"layer {n}: {l1:.2f} {l2:.2f}")
 
 
-# What flags that were taken back, and flags without a value, meant in records of commit 1f14dec.
-THEN = dict(size="small", n_layer=8, n_head=4, n_embd=64, optimizer="adamw", start_token=False)
-
-
-def flags_of(record: dict) -> dict:
-    flags = {name: THEN.get(name) if value is None else value
-             for name, value in record["flags"].items()}
-    if flags["lr"] is None:
-        flags["lr"] = 8e-3 if flags["optimizer"] == "adamw" else 1.6e-2
-    return flags
-
-
 def describe_run(record: dict) -> str:
     """What was trained, in words."""
-    flags, steps = flags_of(record), record["val_curve"][-1][0]
+    flags, steps = record["flags"], record["val_curve"][-1][0]
     tokens = steps * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
     return (f"{len(record['attention']['rank'])} layers, width {flags['n_embd']}, {steps:,} steps, "
             f"{tokens / 1e6:.1f}M tokens of {flags['dataset']}")
@@ -363,10 +351,10 @@ def describe_run(record: dict) -> str:
 
 def what_differs(record: dict) -> str:
     """The flags of an experiment that are not today's defaults."""
-    usual = THEN | {f.name: f.default for f in fields(BenchConfig)}
-    words = [f"{name} {value}" for name, value in flags_of(record).items()
+    usual = {f.name: f.default for f in fields(BenchConfig)}
+    words = [f"{name} {value}" for name, value in record["flags"].items()
              if name not in ("eval_every", "eval_tokens", "questions", "device", "dtype")
-             and value is not None and json.dumps(value) != json.dumps(usual[name])]
+             and value is not None and json.dumps(value) != json.dumps(usual.get(name))]
     return ", ".join(words) or "the defaults"
 
 
