@@ -434,7 +434,8 @@ def draw_loss(table: dict):
             continue
         gaps[variant] = np.array(curves)
         share[variant] = first_of(runs)["cache_bytes"] / one["cache_bytes"]
-        words[variant] = textwrap.fill(variant, 28, break_on_hyphens=False)
+        some = f" ({len(curves)} of {len(first)} seeds)" if len(curves) < len(first) else ""
+        words[variant] = textwrap.fill(variant + some, 28, break_on_hyphens=False)
     colors, minus = pick_colors(gaps), f"loss minus {name}'s, nats per token"
     figure = new_figure(f"{describe_run(one)}, {len(first)} seed{'s' * (len(first) > 1)}",
                         len("\n".join(words.values()).splitlines()))

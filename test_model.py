@@ -1150,13 +1150,17 @@ def test_a_figure_shows_what_the_table_shows_against_the_same_first(small_bench,
     assert drawn(small_bench, "--show", "b", "--variants", "vanilla") == {}  # all of them, or none
 
 
-def test_a_variant_without_a_common_seed_is_said_and_one_seed_has_no_bar(small_bench, drawn):
+def test_a_variant_with_few_common_seeds_says_so_and_one_seed_has_no_bar(small_bench, drawn):
     asked = ("--parts", "loss", "--variants")
     small_bench(*asked, "vanilla", "cla", "--seeds", "1")
     small_bench(*asked, "gqa", "--seeds", "2")
     left, _ = drawn(small_bench, "--show", "b")["loss.png"].axes
     assert len(left.containers) == 2 and not any(bar.has_xerr for bar in left.containers)
     assert "no seed in common with vanilla: gqa" in small_bench("--show", "b")
+    small_bench(*asked, "vanilla", "--seeds", "2")  # now gqa has one that is in common
+    left, _ = drawn(small_bench, "--show", "b")["loss.png"].axes
+    assert {label.get_text() for label in left.get_yticklabels()} == {
+        "vanilla  100%", "cla (1 of 2 seeds)  50%", "gqa (1 of 2 seeds)  50%"}
 
 
 def test_colors_are_those_of_the_systems_and_no_two_are_alike():
