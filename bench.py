@@ -445,7 +445,7 @@ def draw_loss(table: dict):
     rows = sorted(by_loss, key=share.get)  # of equal caches the best comes first
     draw_dots(left, [f"{words[variant]}  {share[variant]:.0%}" for variant in rows],
               [(y, gaps[variant][:, -1], colors[variant]) for y, variant in enumerate(rows)])
-    left.set(title=f"after the last step (%: KV cache of {name}'s)",
+    left.set(title=f"after the last step (% of {name}'s KV cache)",
              xlabel=f"{minus}\n(left is better; bars: 95% intervals)")
 
     steps = [step for step, _ in one["val_curve"]]
