@@ -1050,14 +1050,15 @@ def test_a_folder_takes_runs_of_the_same_flags_and_data_only(small_bench):
     assert [r["flags"]["weight_decay"] for r in bench.read_records(Path("b"))] == [0.2]
 
 
-@pytest.mark.parametrize("name, other", [
-    ("code", "edited"), ("machine", "another CPU"), ("compile", True), ("torch", "1.0")])
-def test_runs_that_were_made_differently_are_told(small_bench, name, other):
+def test_runs_that_were_made_differently_are_told(small_bench):
     asked = ("--variants", "vanilla", "gqa", "--seeds", "1", "--parts", "loss")
     assert "WARNING" not in small_bench(*asked)
     first, second = bench.read_records(Path("b"))
-    write("b/results.jsonl", f"{json.dumps(first)}\n{json.dumps(second | {name: other})}\n")
-    assert f"WARNING: {name} is not the same" in small_bench("--show", "b")
+    for name, other in (("code", "edited"), ("machine", "another CPU"), ("compile", True),
+                        ("torch", "1.0")):
+        write("b/results.jsonl", f"{json.dumps(first)}\n{json.dumps(second | {name: other})}\n")
+        told = [line for line in small_bench("--show", "b").splitlines() if "WARNING" in line]
+        assert [line.split()[1] for line in told] == [name]
 
 
 def test_the_code_of_a_record_is_the_text_of_three_scripts(monkeypatch):
