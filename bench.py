@@ -401,10 +401,13 @@ def new_figure(title: str, lines: int):
 
 
 def pick_colors(variants) -> dict:
-    """{variant: colour}. SYSTEMS have the same ones in all figures, others what is left."""
-    colors = dict(zip(SYSTEMS, COLORS))
-    taken = {colors.get(variant) for variant in variants}
-    free = cycle([color for color in COLORS if color not in taken])
+    """{variant: colour}. Each of SYSTEMS, or the first that is one with flags, has the same one in
+    all figures, others what is left."""
+    first = {}
+    for variant in sorted(variants, key=lambda variant: "--" in variant):
+        first.setdefault(variant.split()[0], variant)
+    colors = {first[name]: color for name, color in zip(SYSTEMS, COLORS) if name in first}
+    free = cycle([color for color in COLORS if color not in colors.values()])
     return {variant: colors.get(variant) or next(free) for variant in variants}
 
 
@@ -445,8 +448,8 @@ def draw_loss(table: dict):
     rows = sorted(by_loss, key=share.get)  # of equal caches the best comes first
     draw_dots(left, [f"{words[variant]}  {share[variant]:.0%}" for variant in rows],
               [(y, gaps[variant][:, -1], colors[variant]) for y, variant in enumerate(rows)])
-    left.set(title=f"after the last step (% of {name}'s KV cache)",
-             xlabel=f"{minus}\n(left is better; bars: 95% intervals)")
+    left.set(title="after the last step", ylabel=f"%: of {name}'s KV cache",
+             xlabel=f"{minus}\n(left is better; dots: seeds, bars: 95% intervals)")
 
     steps = [step for step, _ in one["val_curve"]]
     for variant in reversed(by_loss):  # the legend has the order of the last values
@@ -471,7 +474,8 @@ def draw_attention(table: dict):
             layers = range(1, seeds.shape[1] + 1)
             if len(table) <= 3:
                 ax.plot(layers, seeds.T, color=colors[variant], linewidth=0.5, alpha=0.4)
-            ax.plot(layers, seeds.mean(axis=0), ".-", color=colors[variant], label=variant)
+            some = f", {len(runs)} seeds" if len(runs) > 1 else ""
+            ax.plot(layers, seeds.mean(axis=0), ".-", color=colors[variant], label=variant + some)
             if seeds.max() > 20:
                 ax.set_yscale("log")
         ax.axhline(level, color="black", linestyle=":")

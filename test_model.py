@@ -1168,7 +1168,10 @@ def test_colors_are_those_of_the_systems_and_no_two_are_alike():
     many = ["vanilla", "svformer", "resformer --lr 1", "resformer --lr 2", "resformer+neutreno"]
     colors = bench.pick_colors(many)
     assert len(set(colors.values())) == 5
-    assert colors["svformer"] == bench.pick_colors(bench.SYSTEMS)["svformer"]
+    usual = bench.pick_colors(bench.SYSTEMS)
+    assert colors["svformer"] == usual["svformer"]
+    assert colors["resformer --lr 1"] == usual["resformer"]  # as there is none without flags
+    assert bench.pick_colors([*many, "resformer"])["resformer"] == usual["resformer"]
 
 
 def test_the_figure_of_attention_by_layer(small_bench, drawn):
@@ -1179,8 +1182,8 @@ def test_the_figure_of_attention_by_layer(small_bench, drawn):
     ax = figure.axes[1]
     assert ax.get_title() == bench.MEASURES["first"][0]
     lines = {line.get_label(): line for line in ax.lines}
-    np.testing.assert_allclose(lines["svformer"].get_ydata(), layers.mean(axis=0))
-    assert lines["svformer"].get_xdata().tolist() == [1, 2]
+    np.testing.assert_allclose(lines["svformer, 2 seeds"].get_ydata(), layers.mean(axis=0))
+    assert lines["svformer, 2 seeds"].get_xdata().tolist() == [1, 2]
     [label] = ax.texts
     assert label.get_text() == "even attention" and label.xy[1] == bench.even(32)["first"]
 
