@@ -421,7 +421,7 @@ def draw_dots(ax, labels: list, dots: list):
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=4)
 
 
 def draw_loss(table: dict):
