@@ -404,7 +404,7 @@ def pick_colors(variants) -> dict:
     """{variant: colour}. Each of SYSTEMS, or the first that is one with flags, has the same one in
     all figures, others what is left."""
     first = {}
-    for variant in sorted(variants, key=lambda variant: "--" in variant):
+    for variant in sorted(variants, key=lambda variant: "--" in variant):  # without flags first
         first.setdefault(variant.split()[0], variant)
     colors = {first[name]: color for name, color in zip(SYSTEMS, COLORS) if name in first}
     free = cycle([color for color in COLORS if color not in colors.values()])
