@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -98,7 +99,7 @@ def list_runs(config: BenchConfig) -> dict[str, TrainConfig]:
 
 # name in a record: (what it is, in a table; digits)
 MEASURES = {
-    "entropy": ("entropy of token importance, nats", 2),
+    "entropy": ("entropy of the tokens' shares of attention, nats", 2),
     "importance": ("importance of the first token", 3),
     "first": ("attention to the first token", 3),
     "first_head": ("the same, in the head that pays it most", 3),
@@ -125,7 +126,8 @@ def look_at_attention(model: GPT, idx: torch.Tensor) -> dict[str, list[float]]:
             model.hidden_states(sequence)
         for call, x in zip(attention.call_args_list, hidden):
             q, keys, values = (tensor[0] for tensor in call.args)  # (nh, T or 2 T, hs) each
-            importance, first = torch.zeros_like(q[0, :, 0]), []
+            importance = torch.zeros_like(q[0, :, 0])  # (T,)
+            first = []
             for h in range(c.n_head):  # one at a time: all would be nh x T x T numbers
                 scores = q[h] @ keys[h].T / math.sqrt(c.head_dim)
                 both = scores.unflatten(1, (-1, T))  # crosslayer's keys are those of two layers
@@ -345,7 +347,9 @@ def describe_run(record: dict) -> str:
     """What was trained, in words."""
     flags, steps = record["flags"], record["val_curve"][-1][0]
     tokens = steps * flags["batch_size"] * flags["grad_accum"] * flags["block_size"]
-    return (f"{len(record['attention']['rank'])} layers, width {flags['n_embd']}, {steps:,} steps, "
+    own = record["variant"].split()  # a flag of its own is not among those that all share
+    width = own[own.index("--n_embd") + 1] if "--n_embd" in own else flags["n_embd"]
+    return (f"{len(record['attention']['rank'])} layers, width {width}, {steps:,} steps, "
             f"{tokens / 1e6:.1f}M tokens of {flags['dataset']}")
 
 
@@ -386,8 +390,9 @@ def print_caches(runs: dict, contexts: tuple):
 # -------------------------------------------------------------------------------------------------
 # Figures
 
-COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "gold", "navy", "lime", "tan",
-          "teal")
+# Of Okabe and Ito, then of Tol: they differ for colour-blind readers too.
+COLORS = ("black", "#56b4e9", "#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#999933",
+          "#882255", "#332288", "#ddcc77", "#44aa99", "#aa4499", "#888888", "#661100")
 
 
 def new_figure(title: str, lines: int):
@@ -479,8 +484,8 @@ def draw_attention(table: dict):
             if seeds.max() > 20:
                 ax.set_yscale("log")
         ax.axhline(level, color="black", linestyle=":")
-        ax.annotate("like the others" if "norm" in measure else "even attention", (1, level),
-                    xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        words = "like the others" if "norm" in measure else "each query even over its past"
+        ax.annotate(words, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         ax.set(title=MEASURES[measure][0], xlabel="layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -491,10 +496,12 @@ def draw_overview(tables: dict):
     """A forest plot: a row an experiment, and in it a dot and its interval a variant."""
     name = next(iter(first_of(tables)))
     variants = list(dict.fromkeys(variant for table in tables.values() for variant in table))
-    colors, dots, labels = pick_colors(variants), [], []
+    colors = pick_colors(variants)
+    dots, labels = [], []
+    common = os.path.commonpath([Path(folder).absolute().parent for folder in tables])
     for row, (folder, table) in enumerate(tables.items()):
         first = table[name]
-        labels.append(f"{folder}, {len(first)} seeds\n"
+        labels.append(f"{os.path.relpath(folder, common)}, {len(first)} seeds\n"
                       + textwrap.fill(what_differs(first_of(first)), 40))
         for i, variant in enumerate(variants[1:], start=1):
             gaps = differences(table.get(variant, {}), first, last_loss)
@@ -544,7 +551,7 @@ def read_table(folder: Path, variants: tuple | None) -> dict:
     return {variant: table[variant] for variant in variants or table if variant in table}
 
 
-def measure(runs: dict, config: BenchConfig, device):
+def measure_missing(runs: dict, config: BenchConfig, device):
     """Trains and measures the runs that the folder lacks, a line in results.jsonl for each.
     UserError if the folder holds an experiment with other flags or data."""
     folder = Path(config.out_dir)
@@ -656,7 +663,7 @@ def open_model(name: str):
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(**pretrained_source(name))
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"--look {name}: {error}") from None
+        raise UserError(f"--look {name} is no run of train.py: {error}") from None
     return model, lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -718,10 +725,14 @@ def main():
     if config.text is not None:
         raise UserError("--text is what --look reads: it has no effect without it")
     runs = list_runs(config)
+    used = {None}.union(*(run.attention.split("+") for run in runs.values()))
+    for name in given & USED_BY.keys():
+        if USED_BY[name] not in used:
+            raise UserError(f"--{name} is for {USED_BY[name]}, which is not among the --variants")
     if "cache" in config.parts:
         print_caches(runs, config.contexts)
     if "loss" in config.parts:
-        measure(runs, config, device)
+        measure_missing(runs, config, device)
         show(Path(config.out_dir), config.variants, figures=True)
 
 

@@ -125,12 +125,13 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, heads, T, hs)
 
     def forward(self, x, rope, mask, below, first, lambdas, cache):
-        """x (B, T, C) -> what attention adds to it, (B, T, C), and the K and V that it attended to.
+        """x (B, T, C) -> what attention adds to it, (B, T, C), and this layer's K and V: its own,
+        or those that it was handed.
 
         rope: cos and sin, (T, hs / 2). mask: (T, S), True where a query sees a key, or None where
-        it needs none (at the call of attention). below and first: the K and V, (B, nkv, S, hs)
-        each, that the layer below and layer 1 attended to. lambdas: this layer's weights of V_1 and
-        V_n, or None. cache: a KVCache to append to, or None.
+        none is needed (see the call of attention). below and first: the K and V, (B, nkv, S, hs)
+        each, of the layer below and of layer 1; in layer 1 None. lambdas: this layer's weights of
+        V_1 and V_n, or None. cache: a KVCache to append to, or None.
         """
         c, n, T = self.config, self.n, x.size(1)
         k, v = below
@@ -156,9 +157,9 @@ class Attention(nn.Module):
             keys = torch.cat((k1, k), dim=2)  # (B, nkv, 2 S, hs)
             values = torch.cat((v1, v), dim=2)
             mask = torch.cat((mask, mask), dim=1)  # (T, 2 S)
-        # GQA, arXiv 2305.13245: query head i reads key/value head i // groups. One query reads them
-        # in place. For more, K and V are repeated: not every GPU has a memory-saving kernel for
-        # grouped heads.
+        # GQA, arXiv 2305.13245: query head i reads key/value head i // groups. For one query torch
+        # reads them in place where it can. For more, K and V are repeated: not every GPU has a
+        # memory-saving kernel for grouped heads.
         groups = c.n_head // c.kv_heads
         if groups > 1 and T > 1:
             keys = keys.repeat_interleave(groups, dim=1)  # (B, nh, S, hs)
@@ -171,8 +172,8 @@ class Attention(nn.Module):
             enable_gqa=groups > 1 and T == 1)  # (B, nh, T, hs)
         if "neutreno" in c.variants and n > 1:
             # NeuTRENO, arXiv 2312.00751: U_n = A_n V_n + l (V_1 - V_n)
-            l, more = c.neutreno_weight, (v1 - v)[:, :, -T:]  # (B, nkv, T, hs)
-            u = u + l * more.repeat_interleave(groups, dim=1)  # (B, nh, T, hs)
+            more = c.neutreno_weight * (v1[:, :, -T:] - v[:, :, -T:])  # (B, nkv, T, hs)
+            u = u + more.repeat_interleave(groups, dim=1)  # (B, nh, T, hs)
         return self.o_proj(u.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -282,7 +283,7 @@ class GPT(nn.Module):
         deviation of 0.02, as the authors' code has it for widths of 512 and more. Each comes from
         a stream named after it, so that two variants of one seed share what they both have."""
         for name, p in self.named_parameters():
-            if p.dim() == 1:
+            if p.dim() < 2:
                 continue  # norms and the weights of residuals start as they were made
             std = p.size(1) ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -385,9 +386,9 @@ class GPT(nn.Module):
         """Continues idx (B, T) int64; yields the next tokens (B,) as soon as they are drawn.
 
         temperature and top_k: see `draw`; ValueError, at the first token, if they are out of range
-        or idx is empty. A seed fixes the text. use_cache=False: the same text, slowly. When the
-        window of block_size tokens is full, its last half is read again from position 0; a longer
-        prompt is cut likewise."""
+        or idx is empty. A seed fixes the text. use_cache=False: the same text but for rounding,
+        slowly. When the window of block_size tokens is full, its last half is read again from
+        position 0; a longer prompt is cut likewise."""
         require(idx.size(1) > 0, "idx must hold at least one token")
         require(temperature >= 0, f"temperature must be 0 or more, not {temperature}")
         require(top_k is None or top_k > 0, f"top_k must be at least 1, not {top_k}")
@@ -461,6 +462,7 @@ def draw(logits, temperature=1.0, top_k=None, generator=None) -> torch.Tensor:
         return logits.argmax(dim=1)
     k = logits.size(1) if top_k is None else min(top_k, logits.size(1))
     logits, ids = logits.float().topk(k, dim=1)  # (B, k) each, the largest first
+    # The largest becomes 0, so that a tiny temperature cannot make it infinite.
     p = ((logits - logits[:, :1]) / temperature).softmax(dim=1)
     drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
     return ids.gather(1, drawn)[:, 0]

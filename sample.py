@@ -2,7 +2,7 @@
 
     python sample.py --prompt "def " --num_samples 3
     python sample.py --out_dir out/svformer --prompt FILE:story.txt
-    python sample.py --no_cache               the same text, slowly: all of it is read each time
+    python sample.py --no_cache               the same text but for rounding, slowly
 """
 
 import sys

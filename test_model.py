@@ -639,6 +639,15 @@ def test_learning_rate_rises_then_follows_a_cosine():
     assert train.learning_rate(replace(config, warmup_steps=20), 12) == pytest.approx(13 / 20)
 
 
+def test_a_new_variants_scalar_starts_as_it_was_made_and_is_trained():
+    model = tiny_model("vanilla", torch.float32)
+    model.gain = torch.nn.Parameter(torch.tensor(0.3))
+    model.init_weights(0)
+    assert model.gain.item() == np.float32(0.3)
+    groups = train.make_optimizer(model, TrainConfig()).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
 def test_steps_are_adamws_on_the_whole_batch_with_clipping_and_without_decay_of_vectors(small_run):
     config = replace(small_run, attention="denseformer", batch_size=2, grad_accum=3, max_steps=3,
                      eval_every=2, lr=1e-2, grad_clip=0.3, weight_decay=0.5)
@@ -711,7 +720,7 @@ def test_killed_anywhere_and_resumed_it_is_bit_identical(small_run, monkeypatch,
     dict(init="paper")])
 def test_a_run_is_not_resumed_with_flags_that_make_it_another(small_run, changes):
     run(replace(small_run, max_steps=1))
-    with pytest.raises(UserError, match=f"^--{list(changes)[0]} is .*, but the run in run has"):
+    with pytest.raises(UserError, match=f"^--{list(changes)[0]} .*is .*, but the run in run has"):
         run(replace(small_run, resume=True, **changes))
 
 
@@ -778,7 +787,9 @@ def test_values_that_no_flag_takes_are_refused_before_any_work(small_run, change
     ("--value_lambda 2 1 --grad_clip 0.5", "out/resformer-value_lambda_2_1-grad_clip_0.5"),
     ("--attention cla+gqa --n_layer 4 --dataset some/folder --lr 0.002",
      "out/cla+gqa-n_layer_4-dataset_folder-lr_0.002"),
-    ("--init paper", "out/resformer-init_paper"), ("--out_dir x --seed 3", "x")])
+    ("--init paper", "out/resformer-init_paper"), ("--out_dir x --seed 3", "x"),
+    ("--batch_size 8 --grad_accum 2", "out/resformer"),
+    ("--grad_accum 2", "out/resformer-batch_size_32")])
 def test_a_runs_folder_is_named_after_what_makes_it_another_run(flags, folder):
     config, _ = prepare_data.parse_flags(TrainConfig, "", flags.split())
     assert train.run_folder(config).as_posix() == folder
@@ -984,7 +995,7 @@ def small_bench(small_run, monkeypatch, capsys):
 
 
 ASKED = ("--variants", "vanilla", "resformer --value_residual learnable --lr 1e-2",
-         "svformer+gqa", "--seeds", "3", "4", "--neutreno_lambda", "0.3")
+         "svformer+gqa", "--seeds", "3", "4", "--residual_layers", "2")
 
 
 def test_bench_trains_each_variant_and_seed_as_train_does_and_records_it(small_bench):
@@ -1185,7 +1196,8 @@ def test_the_figure_of_attention_by_layer(small_bench, drawn):
     np.testing.assert_allclose(lines["svformer, 2 seeds"].get_ydata(), layers.mean(axis=0))
     assert lines["svformer, 2 seeds"].get_xdata().tolist() == [1, 2]
     [label] = ax.texts
-    assert label.get_text() == "even attention" and label.xy[1] == bench.even(32)["first"]
+    assert label.get_text() == "each query even over its past"
+    assert label.xy[1] == bench.even(32)["first"]
 
 
 def test_without_matplotlib_the_tables_come_and_a_line_says_why_no_figures(
@@ -1217,7 +1229,7 @@ def test_several_folders_are_one_table_and_one_figure(small_bench, drawn):
     assert len(ax.containers) == 3  # two of a, one of b
     assert ax.containers[2].lines[0].get_xdata()[0] == pytest.approx(np.mean(gaps))
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels[0].startswith("e/a, 2 seeds\n") and "lr 0.01" in labels[1] and "eval" not in labels[1]
+    assert labels[0].startswith("a, 2 seeds\n") and "lr 0.01" in labels[1] and "eval" not in labels[1]
     with pytest.raises(UserError, match="in none of these folders are runs of cla and another"):
         small_bench("--show", "e/a", "e/b", "--variants", "cla", "gqa")
 
@@ -1258,6 +1270,8 @@ def test_labels_name_what_differs_also_by_a_flag_that_is_gone(small_run):
     assert bench.what_differs(records["muon"]) == "optimizer muon, lr 0.016"
     assert bench.what_differs(records["main"]) == "the defaults"
     assert bench.describe_run(records["main"]).startswith("8 layers, width 64, 900 steps, 1.8M")
+    wide = records["main"] | dict(variant="vanilla --n_embd 96")
+    assert bench.describe_run(wide).startswith("8 layers, width 96")
 
 
 def test_a_look_does_not_replace_an_experiment(small_bench):
@@ -1356,7 +1370,7 @@ def test_a_sliding_window_that_is_never_left_is_none(save_llama):
 
 def test_without_transformers_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="--look x.gguf: .*pip install transformers.*gguf"):
+    with pytest.raises(UserError, match="--look x.gguf is .*pip install transformers.*gguf"):
         bench.open_model("x.gguf")
 
 
@@ -1435,7 +1449,7 @@ def test_what_a_terminal_cannot_show_is_replaced(folder, script):
 
 
 def test_only_a_mistake_and_ctrl_c_become_a_line(small_run, script, monkeypatch):
-    stopped = "stopped; add --resume to go on from the last evaluation"
+    stopped = "stopped; --resume, not --overwrite, goes on from the last evaluation"
     for error, status, line in ((UserError("a\nb"), 2, "a"), (KeyboardInterrupt, 130, stopped)):
         monkeypatch.setattr(torch.optim, "AdamW", Mock(side_effect=error))
         ended, _, said = script("train.py", *as_flags(small_run))
@@ -1464,7 +1478,7 @@ train.py --device tpu -> --device tpu
 train.py --device cuda:99 -> --device cuda:99
 train.py --resume --overwrite -> choose one
 train.py --out_dir text.txt -> text.txt
-train.py --out_dir run -> run holds a run: --resume goes on with it, --overwrite starts anew
+train.py --out_dir run -> run holds a run: --resume goes on with it, --overwrite deletes it
 train.py --resume --out_dir run --max_steps 1 -> --max_steps 1: the run in run has 2 steps
 train.py --resume --out_dir run --dataset other -> --dataset other is not what the run
 train.py --resume --out_dir bomb -> bomb/ckpt.pt can't be read
@@ -1483,6 +1497,7 @@ bench.py --text text.txt -> --text
 bench.py --variants vanilla 'resformer --seed 7' -> --seed is for all variants alike
 bench.py --n_layer 10 --variants vanilla 'svformer --residual_layers 9' -> residual_layers is for
 bench.py --seed 7 -> --seed
+bench.py --variants vanilla svformer --value_lambda 2 1 -> --value_lambda is for resformer, which
 show nowhere -> nowhere/results.jsonl has no runs of any
 show torn -> torn/results.jsonl, line 1 can't be read
 show torn --parts cache -> --parts has no effect beside --show

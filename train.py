@@ -224,7 +224,7 @@ def windows(data: np.ndarray, starts: np.ndarray, block_size: int, device) -> tu
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, whose weight decay is for matrices only. The loop sets the learning rate."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW([dict(params=matrices, weight_decay=config.weight_decay),
                               dict(params=vectors, weight_decay=0.0)],
                              betas=(0.9, 0.95), eps=1e-8, fused=True)
@@ -286,7 +286,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """What --dtype means on this device."""
     if device.type == "mps" and config.dtype in ("bfloat16", "float16"):
-        # torch's causal attention in bfloat16 on MPS lets a token see later ones.
+        # There torch's causal attention in 16 bits lets a token see later ones.
         raise UserError(f"--dtype {config.dtype}: on MPS only float32 works")
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -299,7 +299,7 @@ def pick_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
     """What --compile means on this device."""
-    return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def sum_over_processes(tensors: list[torch.Tensor]):
@@ -318,9 +318,11 @@ def run_folder(config: TrainConfig) -> Path:
     if config.out_dir is not None:
         return Path(config.out_dir)
     name = config.attention
+    # A step is the same, in however many forward passes it is made.
+    flags = asdict(config) | dict(batch_size=config.batch_size * config.grad_accum)
     for f in fields(TrainConfig):
-        value = getattr(config, f.name)
-        if value != f.default and f.name not in (*PLACE, *FREE, "attention"):
+        value = flags[f.name]
+        if value != f.default and f.name not in (*PLACE, *FREE, "attention", "grad_accum"):
             words = value if isinstance(value, tuple) else (value,)
             words = [f"{word:g}" if isinstance(word, float) else str(word) for word in words]
             # Of a data set's path only the last part can be a part of a folder's name.
@@ -328,10 +330,11 @@ def run_folder(config: TrainConfig) -> Path:
     return Path("out", name)
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
-    """What `save` wrote. Tensors and plain values only: a stranger's file can't run code."""
+def load_checkpoint(path: Path) -> dict:
+    """What `save` wrote, on the CPU. Tensors and plain values only: a stranger's file can't run
+    code."""
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} isn't there: train first, or give the run's --out_dir") from None
     except Exception as error:  # torch.load raises many kinds for broken and foreign files
@@ -350,8 +353,8 @@ def load_run(folder: Path):
 
 
 def begin(config: TrainConfig, history: list[dict]):
-    """Makes the run's folder and a log of the steps in its checkpoint. A run that starts at step 1
-    has none: what --overwrite gives up is deleted."""
+    """Makes the run's folder, and a log of the steps so far. If there are none, the checkpoint that
+    --overwrite gives up is deleted."""
     if RANK == 0:
         if not history:
             (run_folder(config) / "ckpt.pt").unlink(missing_ok=True)
@@ -402,9 +405,9 @@ def identity(config: TrainConfig) -> dict:
     step's sequences are those of all its forward passes."""
     c = model_config(config)
     flags = {f.name: getattr(config, f.name) for f in fields(TrainConfig)
-             if f.name not in (*PLACE, *FREE, "dataset", "grad_accum")}
-    return flags | dict(batch_size=config.batch_size * config.grad_accum,
-                        min_lr=last_rate(config), n_kv_head=c.kv_heads, n_ffn=c.ffn_size,
+             if f.name not in (*PLACE, *FREE, "dataset", "batch_size", "grad_accum")}
+    flags["batch_size times --grad_accum"] = config.batch_size * config.grad_accum
+    return flags | dict(min_lr=last_rate(config), n_kv_head=c.kv_heads, n_ffn=c.ffn_size,
                         neutreno_lambda=c.neutreno_weight,
                         residual_layers=[n for n in range(1, c.n_layer + 1) if mixes_v1(c, n)])
 
@@ -417,8 +420,9 @@ def restore(config: TrainConfig, meta, model, optimizer, scaler) -> list[dict]:
     if config.overwrite or not (folder / "ckpt.pt").exists():
         return []
     if not config.resume:
-        raise UserError(f"{folder} holds a run: --resume goes on with it, --overwrite starts anew")
-    ckpt = load_checkpoint(folder / "ckpt.pt", model.lm_head.weight.device)
+        raise UserError(f"{folder} holds a run: --resume goes on with it, --overwrite deletes it, "
+                        "--out_dir takes another folder")
+    ckpt = load_checkpoint(folder / "ckpt.pt")
     if "optimizer" not in ckpt:
         raise UserError(f"{folder} holds a run of an older train.py: --overwrite starts anew")
     if ckpt["data_sha256"] != meta["sha256"]:
@@ -427,8 +431,7 @@ def restore(config: TrainConfig, meta, model, optimizer, scaler) -> list[dict]:
     then = identity(TrainConfig(**{name: ckpt["config"][name] for name in known}))
     for name, value in identity(config).items():
         if value != then[name]:
-            raise UserError(f"--{name} is {value}, but the run in {folder} has {then[name]}"
-                            + " (times --grad_accum)" * (name == "batch_size"))
+            raise UserError(f"--{name} is {value}, but the run in {folder} has {then[name]}")
     if len(ckpt["history"]) > config.max_steps:
         raise UserError(f"--max_steps {config.max_steps}: the run in {folder} has "
                         f"{len(ckpt['history'])} steps")
@@ -450,7 +453,7 @@ def report(config: TrainConfig, model: GPT, history: list[dict]):
 
 
 if __name__ == "__main__":
-    with one_line_errors("stopped; add --resume to go on from the last evaluation"):
+    with one_line_errors("stopped; --resume, not --overwrite, goes on from the last evaluation"):
         config, _ = parse_flags(TrainConfig, __doc__)
         try:
             model, history = train(config)
