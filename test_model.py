@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -160,8 +160,10 @@ def reference_sequence(c, P, idx, watch=None):
 def test_logits_loss_and_gradients_equal_the_reference(attention):
     model, idx, targets = tiny_model(attention), tokens(T=11), tokens(T=11, seed=2)
     P = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    targets[0, ::3] = -100  # these do not count
     expected = torch.stack([reference_sequence(model.config, P, row) for row in idx])
-    expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    log_p = expected.log_softmax(dim=-1).gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0]
+    expected_loss = -log_p[targets != -100].mean()
     expected_loss.backward()
 
     logits, loss = model(idx, targets)
@@ -182,16 +184,6 @@ def test_decoding_with_the_cache_equals_the_full_pass(attention):
     pieces = [model(piece, cache=cache)[0] for piece in idx.split([7, 1, 1, 9, 2, 1, 8], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0], rtol=0, atol=1e-9)
     assert cache.length == 29
-
-
-def test_targets_of_minus_100_do_not_count():
-    model, idx, targets = tiny_model("resformer"), tokens(), tokens(seed=2)
-    targets[0, ::3] = -100
-    logits, loss = model(idx, targets)
-    p = logits.softmax(dim=-1).gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0]
-    expected = -p.log()[targets != -100].mean()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
-    assert model(idx, torch.full_like(idx, -100))[1].isnan()  # none counts
 
 
 def test_the_loss_is_in_float32_under_autocast_and_in_a_model_of_16_bits():
@@ -241,16 +233,12 @@ def test_learned_weights_and_defaults_start_where_they_should():
     for pair in GPT(tiny_config("plus with cla")).value_lambdas().values():  # of V_1, of V_n
         assert [x.item() for x in pair] == pytest.approx([1, 0.5])
     assert GPT(tiny_config("denseformer")).depth_weights[2].tolist() == [0, 0, 0, 1]
-    assert tiny_config("vanilla", n_ffn=None).ffn_size == 112
     assert tiny_config("gqa", n_head=1).kv_heads == 1
     assert replace(tiny_config("gqa"), attention="vanilla").kv_heads == 4
-    assert GPT(tiny_config("none")).mixing == []
     assert train.model_config(TrainConfig(), vocab_size=50257).vocab_size == 50304
     papers_82m = GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
                            attention="vanilla")
     assert GPT(papers_82m).num_params() == 81_928_704
-    with pytest.raises(FrozenInstanceError):  # a config and its model can't disagree
-        papers_82m.attention = "svformer"
 
 
 @pytest.mark.parametrize("changes", [  # the first field of each is the one to be named
@@ -485,9 +473,6 @@ def test_shakespeare_is_downloaded_once_and_checked(folder, web, monkeypatch):
     with pytest.raises(UserError, match="SHA-256"):
         prepare(DataConfig("shakespeare"))
     write(web / "input.txt", text)
-    cut = patch.object(prepare_data.shutil, "copyfileobj", lambda a, b: b.write(a.read(1000)))
-    with cut, pytest.raises(UserError, match="SHA-256"):
-        prepare(DataConfig("shakespeare"))
     assert not list(Path("data/shakespeare").iterdir())
     prepare(DataConfig("shakespeare"))
     (web / "input.txt").unlink()
@@ -609,13 +594,14 @@ def test_mixed_precision_is_close(small_run, dtype):
     assert rounded[-1]["val_loss"] != exact[-1]["val_loss"]
 
 
+# The scale alone makes a gradient overflow; or one is infinite, as if another process's was.
 @pytest.mark.parametrize("init_scale, factor", [(2.0**125, 1.0), (2.0**8, math.inf)])
 def test_a_float16_step_that_overflows_is_left_out(small_run, monkeypatch, init_scale, factor):
     sum_over = train.sum_over_processes
 
     def overflow(tensors):
         if len(tensors) > 1:
-            tensors[3] *= factor  # the loss, then the gradients in their order
+            tensors[3] *= factor  # a gradient; the first is the loss
         sum_over(tensors)
 
     monkeypatch.setattr(train, "sum_over_processes", overflow)
@@ -685,7 +671,7 @@ def test_evaluation_is_the_mean_over_windows_evenly_spread(small_run, eval_token
     data = prepare_data.load("text")[1].astype(np.int64)[:3500]
     model = tiny_model("vanilla", torch.float32, vocab_size=257)
     got = train.evaluate(model, data, config, torch.device("cpu"))
-    starts = np.arange(n) * (len(data) - 33) // max(1, n - 1)  # 16 fit; 12 are whole batches
+    starts = np.arange(n) * (len(data) - 33) // max(1, n - 1)  # of 16 that fit, whole batches
     text = torch.tensor(data[starts[:, None] + np.arange(33)])
     _, expected = model(text[:, :-1], text[:, 1:])
     assert got == pytest.approx(expected.item(), rel=1e-5)
@@ -722,15 +708,6 @@ def test_a_run_is_not_resumed_with_flags_that_make_it_another(small_run, changes
     run(replace(small_run, max_steps=1))
     with pytest.raises(UserError, match=f"^--{list(changes)[0]} .*is .*, but the run in run has"):
         run(replace(small_run, resume=True, **changes))
-
-
-def test_a_run_of_the_older_train_py_is_not_resumed(small_run):
-    run(replace(small_run, max_steps=1))
-    ckpt = torch.load("run/ckpt.pt")
-    ckpt["optimizers"] = [ckpt.pop("optimizer")]
-    torch.save(ckpt, "run/ckpt.pt")
-    with pytest.raises(UserError, match="run holds a run of an older train.py"):
-        run(replace(small_run, resume=True))
 
 
 def test_a_resumed_run_may_say_the_same_in_other_words_and_change_evaluation_and_length(small_run):
@@ -804,7 +781,7 @@ def test_the_model_compiles_into_one_graph_each_way(small_run, monkeypatch, atte
     expected, graphs = run(config), CompileCounterWithBackend("aot_eager")
     counted = partial(torch.compile, backend=graphs, fullgraph=True)
     monkeypatch.setattr(torch, "compile", counted)
-    # 8 in earnest: train() forgets the models that were compiled before.
+    # Outside tests torch allows 8 recompilations; with 2 a third graph is seen.
     with torch._dynamo.config.patch(recompile_limit=2):
         history = run(replace(config, compile="on", out_dir="compiled"))
     assert graphs.frame_count == 2  # training and evaluation
@@ -840,7 +817,8 @@ def test_sixteen_bits_and_compilation_are_for_cuda_unless_asked_for(monkeypatch)
 
 
 def test_two_processes_go_on_with_a_run_of_one_and_give_its_losses(small_run):
-    config = replace(small_run, grad_accum=2, eval_tokens=160)  # 5 windows, not as many for each
+    # 5 windows: 3 for one process, 2 for the other.
+    config = replace(small_run, grad_accum=2, eval_tokens=160)
     run(config)
     shutil.copytree("run", "both")
     one = run(replace(config, max_steps=16, resume=True))
@@ -866,24 +844,14 @@ def test_the_batch_must_divide_by_the_processes(monkeypatch):
         train.check(TrainConfig(batch_size=5))
 
 
-def test_a_training_loss_that_is_not_finite_stops_at_once_and_is_in_the_log(small_run):
-    run(replace(small_run, max_steps=4))
-    before = Path("run/ckpt.pt").read_bytes()
-    ckpt = torch.load("run/ckpt.pt")
-    ckpt["model"]["norm.weight"].fill_(math.inf)
-    torch.save(ckpt, "run/ckpt.pt")
-    with pytest.raises(UserError, match="step 5: the loss is not finite: try a lower --lr"):
-        run(replace(small_run, resume=True, eval_every=100))
-    assert [math.isfinite(record["loss"]) for record in read_log("run")] == [True] * 4 + [False]
-    write("run/ckpt.pt", before)
-    assert len(run(replace(small_run, resume=True))) == 12  # it is the log of the same run
-
-
-def test_a_validation_loss_that_is_not_finite_leaves_the_checkpoint(small_run, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_at_once_and_leaves_the_checkpoint(small_run, monkeypatch):
+    with pytest.raises(UserError, match="step 3: the loss is not finite: try a lower --lr"):
+        run(replace(small_run, attention="vanilla", lr=1e30, warmup_steps=0))
+    assert [math.isfinite(record["loss"]) for record in read_log("run")] == [True, True, False]
     run(replace(small_run, max_steps=4))
     before = Path("run/ckpt.pt").read_bytes()
     monkeypatch.setattr(train, "evaluate", lambda *_: math.inf)
-    with pytest.raises(UserError, match="step 8: the loss is not finite: try a lower --lr"):
+    with pytest.raises(UserError, match="step 8: the loss is not finite"):
         run(replace(small_run, resume=True))
     assert Path("run/ckpt.pt").read_bytes() == before
 
@@ -901,6 +869,20 @@ def test_two_writers_of_a_file_do_not_see_each_other(folder):
 # ---- bench.py -----------------------------------------------------------------------------------
 
 
+def measures_by_numpy(attention_of_heads, values, hidden):
+    """MEASURES of a layer, from each head's A_n (T, T) and values (T, hs), and hidden (T, C)."""
+    A, T = np.mean([a.numpy() for a in attention_of_heads], axis=0), len(hidden)
+    p = [sum(A[i, j] for i in range(T)) / A.sum() for j in range(T)]
+    firsts = [np.mean([a[i, 0] for i in range(1, T)]) for a in attention_of_heads]
+    v = np.concatenate([x.numpy() for x in values], axis=1)
+    v_norms, h_norms = (np.sqrt((x * x).sum(axis=1)) for x in (v, hidden.numpy()))
+    spectrum = np.linalg.svd(v, compute_uv=False) ** 2 / T
+    share = spectrum[spectrum > 1e-9] / spectrum.sum()
+    return [-sum(x * math.log(x) for x in p), p[0], np.mean(firsts), max(firsts),
+            v_norms[0] / v_norms[1:].mean(), h_norms[0] / h_norms[1:].mean(),
+            spectrum.max(), math.exp(-sum(x * math.log(x) for x in share))]
+
+
 @pytest.mark.parametrize("attention", [*VARIANTS, "crosslayer+gqa+denseformer", "plus with cla"])
 def test_what_bench_sees_in_attention_is_what_numpy_says(attention):
     model, idx, each = tiny_model(attention), tokens(B=3, T=20), []
@@ -913,20 +895,6 @@ def test_what_bench_sees_in_attention_is_what_numpy_says(attention):
     for i, name in enumerate(bench.MEASURES):
         np.testing.assert_allclose(got[name], expected[:, i], rtol=1e-4, err_msg=name)
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def measures_by_numpy(attention_of_heads, values, hidden):
-    """MEASURES of a layer, from each head's A_n (T, T), each head's values (T, hs), hidden (T, C)."""
-    A, T = np.mean([a.numpy() for a in attention_of_heads], axis=0), len(hidden)
-    p = [sum(A[i, j] for i in range(T)) / A.sum() for j in range(T)]
-    firsts = [np.mean([a[i, 0] for i in range(1, T)]) for a in attention_of_heads]
-    v = np.concatenate([x.numpy() for x in values], axis=1)
-    v_norms, h_norms = (np.sqrt((x * x).sum(axis=1)) for x in (v, hidden.numpy()))
-    spectrum = np.linalg.svd(v, compute_uv=False) ** 2 / T
-    share = spectrum[spectrum > 1e-9] / spectrum.sum()
-    return [-sum(x * math.log(x) for x in p), p[0], np.mean(firsts), max(firsts),
-            v_norms[0] / v_norms[1:].mean(), h_norms[0] / h_norms[1:].mean(),
-            spectrum.max(), math.exp(-sum(x * math.log(x) for x in share))]
 
 
 def test_even_attention_is_what_zero_queries_give():
@@ -956,6 +924,7 @@ def test_the_task_asks_which_of_four_continuations_is_the_likeliest():
 
 def test_gaps_are_paired_by_seed_with_students_interval():
     first = {1: 1.0, 2: 2.0, 3: 3.0}
+    # Student's t for three pairs; seed 9 has no partner.
     spread = 4.303 * np.std([0.1, 0.3, 0.5], ddof=1) / math.sqrt(3)
     mean = np.mean([3.5, 1.1, 2.3, 100])
     got = bench.cell({3: 3.5, 1: 1.1, 2: 2.3, 9: 100.0}, first, float, 3)
@@ -998,7 +967,7 @@ ASKED = ("--variants", "vanilla", "resformer --value_residual learnable --lr 1e-
          "svformer+gqa", "--seeds", "3", "4", "--residual_layers", "2")
 
 
-def test_bench_trains_each_variant_and_seed_as_train_does_and_records_it(small_bench):
+def test_bench_trains_as_train_does_and_prints_paired_differences(small_bench):
     printed = small_bench(*ASKED)
     assert "parameters on" not in printed  # what train.py says of a run
     runs = bench.read_records(Path("b"))
@@ -1015,10 +984,6 @@ def test_bench_trains_each_variant_and_seed_as_train_does_and_records_it(small_b
     assert history[-1]["loss"] == pytest.approx(runs[1]["train_loss"])
     assert runs[0]["compile"] is False and "1 threads" in runs[0]["machine"]
 
-
-def test_bench_prints_paired_differences_and_learned_weights(small_bench):
-    printed = small_bench(*ASKED)
-    runs = bench.read_records(Path("b"))
     last = [r["val_curve"][-1][1] for r in runs]
     gaps = [last[1] - last[0], last[4] - last[3]]
     gap = f"{np.mean(gaps):+.4f} ±{bench.interval(gaps):.4f}"
@@ -1038,12 +1003,8 @@ def test_bench_measures_a_run_once_and_shows_it_without_data(small_bench, monkey
     assert small_bench("--show", "b") == shown
     assert "| svformer+gqa " in small_bench("--show", "b", "--variants", "svformer+gqa", "vanilla")
     assert "no runs of cla in b" in small_bench("--show", "b", "--variants", "vanilla", "cla")
-
-
-def test_another_seed_is_another_run(small_bench):
-    for seed in ("1", "2", "1"):
-        small_bench("--variants", "vanilla", "--parts", "loss", "--seeds", seed)
-    assert [record["seed"] for record in bench.read_records(Path("b"))] == [1, 2]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "no figures: pip install matplotlib" in small_bench("--show", "b")
 
 
 def test_a_folder_takes_runs_of_the_same_flags_and_data_only(small_bench):
@@ -1073,12 +1034,9 @@ def test_runs_that_were_made_differently_are_told(small_bench):
 
 
 def test_the_code_of_a_record_is_the_text_of_three_scripts(monkeypatch):
-    before, read = bench.about(torch.device("cpu"))["code"], Path.read_text
-    for name in ("model.py", "train.py", "bench.py"):
-        with monkeypatch.context() as context:
-            context.setattr(Path, "read_text", lambda path, **how: read(path, **how)
-                            + "#" * (path.name == name))
-            assert bench.about(torch.device("cpu"))["code"] != before
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: path.name)
+    expected = hashlib.sha256(b"model.pytrain.pybench.py").hexdigest()[:12]
+    assert bench.about(torch.device("cpu"))["code"] == expected
 
 
 def test_an_unfinished_run_goes_on_but_never_as_another(small_bench, monkeypatch):
@@ -1100,15 +1058,6 @@ def test_a_run_whose_loss_is_not_finite_does_not_stop_the_others(small_bench):
     printed = small_bench("--seeds", "1", "--parts", "loss", "--variants", "vanilla", bad, "gqa")
     assert "not measured: step 2: the loss is not finite" in printed
     assert [r["variant"] for r in bench.read_records(Path("b"))] == ["vanilla", "gqa"]
-
-
-def test_the_table_of_caches_needs_no_training(small_bench):
-    printed = small_bench("--parts", "cache", "--variants", "vanilla", "svformer", "gqa",
-                          "--contexts", "4096")
-    for row in ("vanilla  | 256       | 100%         | 1.00", "svformer | 192       | 75%",
-                "gqa      | 128       | 50%          | 0.50"):
-        assert f"| {row}" in printed
-    assert not Path("b").exists()
 
 
 @pytest.fixture
@@ -1136,7 +1085,7 @@ def test_the_figures_of_the_loss(small_bench, drawn):
     left, right = drawn(small_bench, "--show", "b")["loss.png"].axes
     gaps = {name: final_gaps(bench.read_records(Path("b")), name, (1, 2)) for name in names}
     ends = {name: gap[:, -1].mean() for name, gap in gaps.items()}
-    # A row a variant: the smallest cache first, then the lowest loss. 5 of 8 tensors are 75%.
+    # A row a variant: the smallest cache first, then the lowest loss. 3 of 4 tensors are 75%.
     rows = ["svformer", *sorted(names[:2], key=ends.get)]
     words = [label.get_text() for label in left.get_yticklabels()]
     assert words == [f"{name}  {75 if name == 'svformer' else 100}%" for name in rows]
@@ -1154,7 +1103,7 @@ def test_the_figures_of_the_loss(small_bench, drawn):
     assert right.get_xlim()[1] == 6 and right.get_ylabel()
 
 
-def test_a_figure_shows_what_the_table_shows_against_the_same_first(small_bench, drawn):
+def test_a_figure_compares_with_the_first_variant_of_the_command(small_bench, drawn):
     asked = ("--parts", "loss", "--seeds", "1", "--variants")
     small_bench(*asked, "resformer")
     left, _ = drawn(small_bench, *asked, "vanilla", "resformer")["loss.png"].axes
@@ -1200,15 +1149,6 @@ def test_the_figure_of_attention_by_layer(small_bench, drawn):
     assert label.xy[1] == bench.even(32)["first"]
 
 
-def test_without_matplotlib_the_tables_come_and_a_line_says_why_no_figures(
-        small_bench, monkeypatch):
-    asked = ("--variants", "vanilla", "--parts", "loss", "--seeds", "1")
-    small_bench(*asked)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    printed = small_bench("--show", "b")
-    assert "no figures: pip install matplotlib" in printed and "| vanilla " in printed
-
-
 def test_several_folders_are_one_table_and_one_figure(small_bench, drawn):
     asked = ("--parts", "loss", "--seeds", "1", "2", "--variants")
     small_bench(*asked, "vanilla", "svformer", "gqa", "--out_dir", "e/a")
@@ -1229,7 +1169,8 @@ def test_several_folders_are_one_table_and_one_figure(small_bench, drawn):
     assert len(ax.containers) == 3  # two of a, one of b
     assert ax.containers[2].lines[0].get_xdata()[0] == pytest.approx(np.mean(gaps))
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels[0].startswith("a, 2 seeds\n") and "lr 0.01" in labels[1] and "eval" not in labels[1]
+    assert labels[0].startswith("a, 2 seeds\n")
+    assert "lr 0.01" in labels[1] and "eval" not in labels[1]
     with pytest.raises(UserError, match="in none of these folders are runs of cla and another"):
         small_bench("--show", "e/a", "e/b", "--variants", "cla", "gqa")
 
@@ -1255,31 +1196,19 @@ def test_a_look_reads_each_text_with_each_run_layer_by_layer(small_run, small_be
     assert bench.read_records(Path("short"))[0]["flags"]["block_size"] == 16
 
 
-def test_a_look_that_would_give_other_numbers_than_it_says_is_refused(small_run, small_bench):
-    run(replace(small_run, max_steps=1))
-    write("other/text.txt", "another text of the same name\n" * 99)
-    with pytest.raises(UserError, match="there are two of 'run on text.txt'"):
-        small_bench("--look", "run", "--text", "text.txt", "other/text.txt")
+def test_a_look_beyond_a_models_context_is_refused(small_bench):
     with patch.object(bench, "open_model", lambda name: (tiny_model("vanilla"), None)):
         with pytest.raises(UserError, match="--block_size 256: x.gguf reads at most 32"):
             small_bench("--look", "x.gguf")
 
 
-def test_labels_name_what_differs_also_by_a_flag_that_is_gone(small_run):
+def test_labels_name_what_differs_also_by_a_flag_that_is_gone():
     records = {name: bench.read_records(HERE / "assets" / name)[0] for name in ("muon", "main")}
     assert bench.what_differs(records["muon"]) == "optimizer muon, lr 0.016"
     assert bench.what_differs(records["main"]) == "the defaults"
     assert bench.describe_run(records["main"]).startswith("8 layers, width 64, 900 steps, 1.8M")
     wide = records["main"] | dict(variant="vanilla --n_embd 96")
     assert bench.describe_run(wide).startswith("8 layers, width 96")
-
-
-def test_a_look_does_not_replace_an_experiment(small_bench):
-    small_bench("--variants", "vanilla", "--parts", "loss", "--seeds", "1")
-    before = contents("b")
-    with pytest.raises(UserError, match="--out_dir b holds the runs of an experiment"):
-        small_bench("--look", "anything", "--out_dir", "b")
-    assert contents("b") == before
 
 
 SHAPES = {  # of a tiny Llama
@@ -1421,14 +1350,9 @@ def test_from_data_to_text(folder, script):
     assert without[1] == expected and "no KV cache" in without[2]
     write("prompt.txt", "To bé")
     assert script("sample.py", *flags, "--prompt=FILE:prompt.txt")[1] == expected
-
-
-def test_a_prompt_that_is_too_long_is_said(small_run, script):
-    run(replace(small_run, max_steps=1))
-    flags = ("--out_dir=run", "--max_new_tokens=1", "--device=cpu")
-    assert "prompt has 33 tokens: the model reads the last 16" in script(
-        "sample.py", *flags, f"--prompt={'x' * 33}")[2]
     assert "prompt has" not in script("sample.py", *flags, f"--prompt={'x' * 32}")[2]
+    too_long = script("sample.py", *flags, f"--prompt={'x' * 33}")[2]
+    assert "prompt has 33 tokens: the model reads the last 16" in too_long
 
 
 def test_no_two_texts_of_neighbouring_seeds_are_the_same(small_run, script):
@@ -1504,6 +1428,8 @@ show torn --parts cache -> --parts has no effect beside --show
 look run --seeds 1 -> --seeds has no effect beside --look
 look run --text nowhere.txt -> nowhere.txt
 look run --text short.txt -> --text short.txt: 19 tokens
+look run --text text.txt elsewhere/text.txt -> there are two of 'run on text.txt'
+look run --out_dir experiment -> experiment holds the runs of an experiment
 bench.py --overwrite --out_dir torn --dataset nothing -> --dataset nothing isn't there
 """.strip().splitlines()]
 
@@ -1520,6 +1446,7 @@ def broken_things(tmp_path_factory):
         write("torn.txt", "a text whose data set was cut\n" * 99)
         write("short.txt", "x" * 19)
         write("torn/results.jsonl", '{"variant": "van')  # killed in a write
+        write("experiment/results.jsonl", '{"val_curve": []}')
         write("elsewhere/text.txt", "another text of the same name\n" * 99)
         write("stdlib/a.py", "# not Python's\n" * 99)
         for name in ("odd", "no_val", "torn", "no_bytes", "foreign"):
@@ -1554,7 +1481,8 @@ def test_a_mistake_ends_in_one_line_and_changes_nothing(broken_things, monkeypat
     status, out, error = script(name, *small, *flags)
     assert status == 2 and error.count("\n") == 1 and error.startswith(f"{name}: "), error
     assert words in error.replace(os.sep, "/")
-    assert "prompt" not in line or out == ""
+    if "prompt" in line:
+        assert out == ""  # nothing is printed before the mistake
     assert contents(broken_things) == before
 
 
@@ -1591,5 +1519,6 @@ def test_readmes_commands_are_such_as_the_scripts_take(folder, monkeypatch, caps
         if "--show" in flags or "cache" in flags:  # nothing is trained: it can be run here
             monkeypatch.setattr(sys, "argv", [name, *flags])
             bench.main()
-            expected = "64.00" if "cache" in flags else "95% interval"
+            # SVFormer's row: (8 + 1) x 512 x 4 bytes a token, of 16 x 512 x 4; MiB of 2,048 tokens.
+            expected = "18,432    | 56%          | 36.00" if "cache" in flags else "95% interval"
             assert expected in capsys.readouterr().out

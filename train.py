@@ -423,8 +423,6 @@ def restore(config: TrainConfig, meta, model, optimizer, scaler) -> list[dict]:
         raise UserError(f"{folder} holds a run: --resume goes on with it, --overwrite deletes it, "
                         "--out_dir takes another folder")
     ckpt = load_checkpoint(folder / "ckpt.pt")
-    if "optimizer" not in ckpt:
-        raise UserError(f"{folder} holds a run of an older train.py: --overwrite starts anew")
     if ckpt["data_sha256"] != meta["sha256"]:
         raise UserError(f"--dataset {config.dataset} is not what the run in {folder} has read")
     known = {f.name for f in fields(TrainConfig)} & ckpt["config"].keys()
