@@ -1289,7 +1289,7 @@ def test_a_model_that_this_one_cannot_express_is_refused_by_name(save_llama, kin
     name = save_llama(kind, **changes)
     with pytest.raises(ValueError, match=said):
         GPT.from_pretrained(name)
-    with pytest.raises(UserError, match=f"--look llama: .*{said}"):  # and bench.py says so
+    with pytest.raises(UserError, match=f"--look llama is .*{said}"):  # and bench.py says so
         bench.open_model(name)
 
 
