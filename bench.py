@@ -390,7 +390,7 @@ def print_caches(runs: dict, contexts: tuple):
 # -------------------------------------------------------------------------------------------------
 # Figures
 
-# Of Okabe and Ito, then of Tol: they differ for colour-blind readers too.
+# Okabe and Ito's, then Tol's: colour-blind readers tell them apart too.
 COLORS = ("black", "#56b4e9", "#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#999933",
           "#882255", "#332288", "#ddcc77", "#44aa99", "#aa4499", "#888888", "#661100")
 
@@ -725,7 +725,7 @@ def main():
     if config.text is not None:
         raise UserError("--text is what --look reads: it has no effect without it")
     runs = list_runs(config)
-    used = {None}.union(*(run.attention.split("+") for run in runs.values()))
+    used = {name for run in runs.values() for name in run.attention.split("+")}
     for name in given & USED_BY.keys():
         if USED_BY[name] not in used:
             raise UserError(f"--{name} is for {USED_BY[name]}, which is not among the --variants")
