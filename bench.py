@@ -391,8 +391,10 @@ def print_caches(runs: dict, contexts: tuple):
 # Figures
 
 # Okabe and Ito's, then Tol's: colour-blind readers tell them apart too.
-COLORS = ("black", "#56b4e9", "#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00", "#999933",
-          "#882255", "#332288", "#ddcc77", "#44aa99", "#aa4499", "#888888", "#661100")
+COLORS = {"vanilla": "black", "crosslayer": "#56b4e9", "resformer": "#0072b2", "svformer": "#d55e00",
+          "neutreno": "#cc79a7", "denseformer": "#009e73", "gqa": "#e69f00", "cla": "#999933",
+          "svformer+gqa": "#882255", "cla+gqa": "#332288"}
+MORE_COLORS = ("#ddcc77", "#44aa99", "#aa4499", "#888888", "#661100")
 
 
 def new_figure(title: str, lines: int):
@@ -406,13 +408,14 @@ def new_figure(title: str, lines: int):
 
 
 def pick_colors(variants) -> dict:
-    """{variant: colour}. Each of SYSTEMS, or the first that is one with flags, has the same one in
-    all figures, others what is left."""
+    """{variant: colour}. Each of COLORS, or the first that is one with flags, has its own in all
+    figures, others what is left."""
     first = {}
     for variant in sorted(variants, key=lambda variant: "--" in variant):  # without flags first
         first.setdefault(variant.split()[0], variant)
-    colors = {first[name]: color for name, color in zip(SYSTEMS, COLORS) if name in first}
-    free = cycle([color for color in COLORS if color not in colors.values()])
+    colors = {first[name]: color for name, color in COLORS.items() if name in first}
+    free = cycle([color for color in (*COLORS.values(), *MORE_COLORS)
+                  if color not in colors.values()])
     return {variant: colors.get(variant) or next(free) for variant in variants}
 
 

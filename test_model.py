@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,7 @@ import bench
 import prepare_data
 import sample
 import train
-from model import GPT, VARIANTS, GPTConfig, KVCache, draw, pretrained_source
+from model import GPT, USED_BY, VARIANTS, GPTConfig, KVCache, draw, pretrained_source
 from prepare_data import DataConfig, UserError, get_tokenizer, prepare
 from train import TrainConfig
 
@@ -239,6 +239,14 @@ def test_learned_weights_and_defaults_start_where_they_should():
     papers_82m = GPTConfig(vocab_size=50304, block_size=2048, n_layer=8, n_head=8, n_embd=512,
                            attention="vanilla")
     assert GPT(papers_82m).num_params() == 81_928_704
+
+
+def test_every_field_of_the_model_is_a_flag_with_the_same_default():
+    own = {"vocab_size", "rope_theta", "norm_eps"}  # the data's; a pretrained model's
+    for f in fields(GPTConfig):
+        assert f.name in own or getattr(TrainConfig, f.name) == f.default, f.name
+    # A flag of one variant's is compared with the reference where a row of ABLATIONS sets it.
+    assert USED_BY.keys() <= {name for row in ABLATIONS.values() for name in row}
 
 
 @pytest.mark.parametrize("changes", [  # the first field of each is the one to be named
@@ -1132,6 +1140,7 @@ def test_colors_are_those_of_the_systems_and_no_two_are_alike():
     assert colors["svformer"] == usual["svformer"]
     assert colors["resformer --lr 1"] == usual["resformer"]  # as there is none without flags
     assert bench.pick_colors([*many, "resformer"])["resformer"] == usual["resformer"]
+    assert len(set(bench.pick_colors([*bench.SYSTEMS, "a new one"]).values())) == 11
 
 
 def test_the_figure_of_attention_by_layer(small_bench, drawn):
