@@ -391,9 +391,9 @@ def print_caches(runs: dict, contexts: tuple):
 # Figures
 
 # Okabe and Ito's, then Tol's: colour-blind readers tell them apart too.
-COLORS = {"vanilla": "black", "crosslayer": "#56b4e9", "resformer": "#0072b2", "svformer": "#d55e00",
-          "neutreno": "#cc79a7", "denseformer": "#009e73", "gqa": "#e69f00", "cla": "#999933",
-          "svformer+gqa": "#882255", "cla+gqa": "#332288"}
+COLORS = {"vanilla": "black", "crosslayer": "#56b4e9", "resformer": "#0072b2",
+          "svformer": "#d55e00", "neutreno": "#cc79a7", "denseformer": "#009e73",
+          "gqa": "#e69f00", "cla": "#999933", "svformer+gqa": "#882255", "cla+gqa": "#332288"}
 MORE_COLORS = ("#ddcc77", "#44aa99", "#aa4499", "#888888", "#661100")
 
 
@@ -408,8 +408,8 @@ def new_figure(title: str, lines: int):
 
 
 def pick_colors(variants) -> dict:
-    """{variant: colour}. Each of COLORS, or the first that is one with flags, has its own in all
-    figures, others what is left."""
+    """{variant: colour}. A system of COLORS has its own in all figures (if it is there only with
+    flags, the first of them has it), others get what is left."""
     first = {}
     for variant in sorted(variants, key=lambda variant: "--" in variant):  # without flags first
         first.setdefault(variant.split()[0], variant)
